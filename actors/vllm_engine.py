@@ -1,0 +1,315 @@
+"""vLLM's LLMEngine inside this process, stepped by one thread.
+
+The thread owns the engine: other threads only queue commands (add requests, change the weights), which it runs
+between two steps. Requests of concurrent callers therefore share the engine's batches, and a weight update is
+never seen half done.
+
+One failure mode: when the thread fails, every open call gets the cause and the process exits, for whoever started
+it to start another. Only what is refused before it touches the engine raises to its caller alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from actors.weights import safetensors_shapes
+
+EXIT_CODE = 17
+EXIT_GRACE_S = 2.0
+"""Between telling the callers and leaving the process, so that the cause reaches them."""
+
+TIED_HEAD = "lm_head.weight"
+"""Not needed in an update of a model with tied embeddings, and ignored there, as vLLM does."""
+
+FIXED_ARGS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",  # nothing in the model folder changes the sampling
+    "logprobs_mode": "processed_logprobs",  # of softmax(logits / temperature); vLLM's default ignores temperature
+    "distributed_executor_backend": "uni",
+    "async_scheduling": False,  # no step is in flight while the weights change
+    "disable_log_stats": True,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One response to sample."""
+
+    token_ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """One response, stop token included."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    version: int
+    """Policy version of the first token: the oldest, if the weights changed on the way."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """Requests that are answered together. Only the stepping thread changes it."""
+
+    requests: list[Request]
+    params: list[Any]  # vLLM's SamplingParams, one a request
+    future: Future = field(default_factory=Future)
+    request_ids: list[str] = field(default_factory=list)  # in the engine
+    outputs: dict[int, Sampled] = field(default_factory=dict)  # by place in requests
+
+
+def default_engine_args(device: str) -> dict[str, Any]:
+    """Our choice of vLLM's EngineArgs for "cpu" or "cuda". The "cuda" branch has not been run."""
+    if device == "cuda":
+        return {"dtype": "bfloat16"}
+    return {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 128 << 20,  # an explicit size also skips a warm-up pass
+        "block_size": 32,  # vLLM's 128 shares no prefix of a short prompt
+    }
+
+
+def this_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def set_environment() -> None:
+    """Set, where unset, the variables that vLLM and its libraries read at import; call it before importing them."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if this_device() == "cpu":
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # a sampler helper is compiled even in eager mode: 10 s
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin on shared cores cost 5-25x
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read the variable already
+
+
+class VllmEngine:
+    """Samples from one model; one worker, tensor parallelism is not supported.
+
+    Args:
+        model_dir: local Hugging Face folder with safetensors weights.
+        stop_token_ids: tokens that end a response.
+        overrides: EngineArgs by vLLM's own names, over ``default_engine_args``.
+
+    Raises:
+        ValueError: an override of what this class relies on, or vLLM's own refusal.
+    """
+
+    def __init__(self, model_dir: str, *, stop_token_ids: list[int], overrides: dict[str, Any]) -> None:
+        clash = sorted(set(overrides) & {*FIXED_ARGS, "model"})
+        if clash:
+            raise ValueError(f"engine.{clash[0]} cannot be set: the rollout engine relies on its own value")
+        set_environment()
+        started = time.perf_counter()
+        from vllm import EngineArgs, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.import_seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        args = {**default_engine_args(this_device()), **overrides, **FIXED_ARGS}
+        self._llm = LLMEngine.from_engine_args(EngineArgs(model=model_dir, **args))
+        self._llm.set_weight_version("0")
+        self.init_seconds = time.perf_counter() - started
+
+        config = self._llm.model_config
+        self.max_model_len: int = config.max_model_len
+        self.vocab_size: int = config.get_vocab_size()
+        self.version = 0
+        self._tied = bool(config.hf_text_config.tie_word_embeddings)
+        self._shapes = self._loaded(safetensors_shapes(model_dir))
+        self._sampling_params = SamplingParams
+        self._sampling = {
+            "stop_token_ids": stop_token_ids,
+            "logprobs": 0,  # the sampled token's only
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        self._commands: queue.SimpleQueue = queue.SimpleQueue()
+        self._open: set[Future] = set()
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()  # of _error and _open, against a command queued while the thread dies
+        self._calls: dict[str, tuple[_Call, int]] = {}  # by request id: the call and the place in it
+        self._count = 0
+        self._thread = threading.Thread(target=self._run, name="vllm-steps", daemon=True)
+        self._thread.start()
+
+    async def generate(self, requests: list[Request], *, temperature: float, max_new_tokens: int) -> list[Sampled]:
+        """Sample one response per request, in their order. Requests must fit the engine: vLLM cuts silently.
+
+        At temperature 0 seeds play no part, and the log-probabilities are those of temperature 1.
+        """
+        if not requests:
+            return []
+        params = [
+            self._sampling_params(
+                temperature=temperature, max_tokens=max_new_tokens, seed=request.seed, **self._sampling
+            )
+            for request in requests
+        ]
+        call = _Call(requests=requests, params=params)
+        try:
+            return await self._submit(lambda: self._add(call), call.future)
+        except asyncio.CancelledError:
+            self._commands.put((lambda: self._abort(call, RuntimeError("cancelled")), Future()))
+            raise
+
+    async def update(
+        self, named: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, tuple[int, ...]], *, version: int
+    ) -> int:
+        """Replace the weights between two steps; running requests go on under the new ones.
+
+        Args:
+            named: checkpoint names and tensors, of any floating dtype.
+            shapes: what ``named`` will yield.
+            version: number of policy updates in them.
+
+        Raises:
+            RuntimeError: a name missing or unknown, or another shape. Nothing has been touched then.
+        """
+        self._check_shapes(self._loaded(shapes))
+        future: Future = Future()
+        return await self._submit(lambda: self._apply(future, named, version), future)
+
+    async def shutdown(self) -> None:
+        """Stop the thread and free the engine; open calls fail."""
+        future: Future = Future()
+        await self._submit(lambda: self._stop(future), future)
+        await asyncio.to_thread(self._thread.join)
+
+    def _loaded(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, shape in shapes.items() if not (self._tied and name == TIED_HEAD)}
+
+    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        missing = sorted(self._shapes.keys() - shapes.keys())
+        unknown = sorted(shapes.keys() - self._shapes.keys())
+        if missing or unknown:
+            raise RuntimeError(f"weight update refused: missing {missing}, unknown {unknown}")
+        for name, shape in shapes.items():
+            if tuple(shape) != self._shapes[name]:
+                raise RuntimeError(
+                    f"weight update refused: {name} has shape {tuple(shape)}, expected {self._shapes[name]}"
+                )
+
+    def _submit(self, command: Callable[[], None], future: Future) -> asyncio.Future:
+        """Queue a command for the thread; the command resolves the future, at once or later."""
+        with self._lock:
+            if self._error is not None:
+                raise _stopped(self._error)
+            self._open.add(future)
+            future.add_done_callback(self._open.discard)
+            self._commands.put((command, future))
+        return asyncio.wrap_future(future)
+
+    # What follows runs in the stepping thread.
+
+    def _run(self) -> None:
+        try:
+            while self._error is None:
+                self._run_commands()
+                if self._error is None and self._llm.has_unfinished_requests():
+                    for output in self._llm.step():
+                        self._deliver(output)
+        except BaseException as error:
+            traceback.print_exc()
+            self._fail(error)
+            time.sleep(EXIT_GRACE_S)
+            os._exit(EXIT_CODE)
+
+    def _run_commands(self) -> None:
+        """Run what is queued; wait for a command when there is nothing to step."""
+        block = not self._llm.has_unfinished_requests()
+        while self._error is None:
+            try:
+                command, future = self._commands.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            if future.set_running_or_notify_cancel():
+                command()
+
+    def _add(self, call: _Call) -> None:
+        try:
+            for place, (request, params) in enumerate(zip(call.requests, call.params, strict=True)):
+                self._count += 1
+                request_id = str(self._count)
+                self._llm.add_request(request_id, {"prompt_token_ids": list(request.token_ids)}, params)
+                self._calls[request_id] = (call, place)
+                call.request_ids.append(request_id)
+        except ValueError as error:  # vLLM refuses a request
+            self._abort(call, error)
+
+    def _abort(self, call: _Call, error: Exception) -> None:
+        self._llm.abort_request([r for r in call.request_ids if self._calls.pop(r, None)])
+        if not call.future.done():
+            call.future.set_exception(error)
+
+    def _deliver(self, output: Any) -> None:
+        call, place = self._calls.pop(output.request_id)
+        (completion,) = output.outputs
+        token_ids = tuple(completion.token_ids)
+        call.outputs[place] = Sampled(
+            token_ids=token_ids,
+            logprobs=tuple(p[t].logprob for p, t in zip(completion.logprobs, token_ids, strict=True)),
+            finish_reason=completion.finish_reason,
+            version=int(completion.weight_versions[0].version),
+        )
+        if len(call.outputs) == len(call.requests):
+            call.future.set_result([call.outputs[place] for place in range(len(call.requests))])
+
+    def _apply(self, future: Future, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        self._llm.reset_prefix_cache(reset_running_requests=True)
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+        self._llm.apply_model(retie)
+        self._llm.set_weight_version(str(version))
+        self.version = version
+        future.set_result(version)
+
+    def _stop(self, future: Future) -> None:
+        self._fail(RuntimeError("it was shut down"), but=future)
+        self._llm.engine_core.shutdown()
+        future.set_result(None)
+
+    def _fail(self, error: BaseException, *, but: Future | None = None) -> None:
+        with self._lock:
+            self._error = error
+            unanswered = [future for future in self._open if future is not but]
+        for future in unanswered:
+            if future.running() or future.set_running_or_notify_cancel():
+                future.set_exception(_stopped(error))
+
+
+def retie(model: torch.nn.Module) -> None:
+    """Pack a tied output head again from the embedding. On CPU only; elsewhere it finds nothing to do.
+
+    On CPU vLLM packs each linear layer into a oneDNN handle. A reload rebuilds the handles of the layers that it
+    loads, but a tied head loads nothing itself and would go on with the old weights.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def _stopped(error: BaseException) -> RuntimeError:
+    stopped = RuntimeError(f"the rollout engine stopped: {error!r}")
+    stopped.__cause__ = error
+    return stopped

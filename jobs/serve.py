@@ -1,0 +1,309 @@
+"""Serve a model over HTTP: OpenAI-compatible, on Ray Serve with vLLM behind it.
+
+Before anything starts: config, model folder, key file and port are checked. Then Ray, Serve's proxy and the
+replicas start; the job waits for ``/v1/models`` to answer, prints how to use the server, and watches it until
+Ctrl-C or SIGTERM. Whatever ends the job, every process that it started is gone when it returns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import ray
+from ray import serve
+from rich.console import Console
+
+from actors.serving import BAD_ARGUMENT, application
+from rayllm.config.serve import ServeConfig
+from rayllm.errors import InputError
+from rayllm.models.loading import check_model_dir, check_tokenizer_dir
+
+APP = "rayllm"
+POLL_S = 1.0
+KILL_AFTER_S = 15.0
+
+
+class Stop(KeyboardInterrupt):
+    """SIGINT or SIGTERM arrived."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def run(config: ServeConfig, *, ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM (returns) or Ctrl-C (exits with 130).
+
+    Args:
+        config: what to serve and where.
+        ready: called with the server's base address (``http://.../v1``) once it answers.
+
+    Raises:
+        InputError: the model, the key file, the port or an engine argument is wrong, or the machine is too small.
+        RuntimeError: the model did not load, or the cluster broke.
+        SystemExit: 130 after Ctrl-C.
+    """
+    check_model_dir(config.model, key="model")
+    check_tokenizer_dir(config.model, key="model")
+    api_key = None if config.api_key_file is None else read_api_key(config.api_key_file)
+    check_port_free(config.host, config.port)
+    console = Console(stderr=False, highlight=False)
+    owns_ray = not ray.is_initialized()
+    stopped: Stop | None = None
+    with _signals_raise_stop() as catch_signals:
+        try:
+            _serve(config, api_key, console, ready, owns_ray, catch_signals)
+        except Stop as stop:
+            stopped = stop
+            console.print("\nStopping ...")
+        finally:
+            _stop_all(owns_ray)
+    if stopped is not None and stopped.signum == signal.SIGINT:
+        raise SystemExit(130)
+
+
+def _serve(
+    config: ServeConfig,
+    api_key: str | None,
+    console: Console,
+    ready: Callable[[str], None] | None,
+    owns_ray: bool,
+    catch_signals: Callable[[], None],
+) -> None:
+    """Start everything, announce it and watch it; ends only by an exception."""
+    name = config.served_model_name or model_name(config.model)
+    url = base_url(config.host, config.port)
+    start = time.monotonic()
+    with console.status(f"Loading {config.model} ..."):
+        if owns_ray:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+            catch_signals()  # Ray put its own SIGTERM handler in place
+        _check_resources(config)
+        _deploy(config, name, api_key)
+        _wait_until_up(url, api_key, deadline=start + config.start_timeout_s)
+    console.print(announcement(config, name, url, seconds=time.monotonic() - start), markup=False, soft_wrap=True)
+    if ready is not None:
+        ready(url)
+    _watch(console)
+
+
+# ---------------------------------------------------------------------------------------------- before the start
+
+
+def model_name(model: Path) -> str:
+    """The stage that the model's lineage names, else the folder's name."""
+    with suppress(OSError, ValueError, AttributeError):
+        stage = json.loads((model / "lineage.json").read_text(encoding="utf-8")).get("stage")
+        if isinstance(stage, str) and stage:
+            return stage
+    return model.resolve().name
+
+
+def read_api_key(path: Path) -> str:
+    """The key in ``path``, white space around it left out.
+
+    Raises:
+        InputError: no such file, nothing in it, or a character that no HTTP header can carry.
+    """
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"api_key_file: cannot read {path}: {reason}") from None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"api_key_file: {path} must hold one key of printable ASCII characters without spaces")
+    return key
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raise InputError unless a server can listen on ``host`` and ``port``.
+
+    Serve's proxies share ports (SO_REUSEPORT): without this check a second server would start and take turns
+    with the first.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise InputError(f"host: cannot resolve {host!r}: {error.strerror}") from None
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except PermissionError:
+            raise InputError(f"port: {port} needs root rights; set port to a number above 1023") from None
+        except OSError as error:
+            if error.errno != socket.errno.EADDRINUSE:  # type: ignore[attr-defined]
+                raise InputError(f"host: cannot listen on {host}: {error.strerror}") from None
+            raise InputError(
+                f"port: {port} is in use on {host}; stop the other server or set port to a free one, "
+                f"such as port={_free_port(host)}"
+            ) from None
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        return probe.getsockname()[1]
+
+
+def base_url(host: str, port: int) -> str:
+    """Where clients on this machine reach the server."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{name}]:{port}/v1" if ":" in name else f"http://{name}:{port}/v1"
+
+
+# -------------------------------------------------------------------------------------------------------- start
+
+
+def _check_resources(config: ServeConfig) -> None:
+    """Raise InputError if the replicas can never be placed, or if Serve already runs on another port."""
+    if serve.status().proxies:
+        raise InputError("port: this Ray cluster already runs Ray Serve; stop it first (`serve shutdown`)")
+    have = ray.cluster_resources()
+    for resource, each in (("CPU", config.cpus_per_replica), ("GPU", config.gpus_per_replica)):
+        need, found = each * config.num_replicas, have.get(resource, 0)
+        if need > found:
+            key = f"{resource.lower()}s_per_replica"
+            raise InputError(
+                f"num_replicas={config.num_replicas} x {key}={each} needs {need} {resource}s "
+                f"but Ray has {found:g}; lower num_replicas or {key}"
+            )
+
+
+def _deploy(config: ServeConfig, name: str, api_key: str | None) -> None:
+    """Start the proxy and the replicas; returns when all replicas have loaded the model."""
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": config.host, "port": config.port},
+        logging_config={"log_level": "WARNING"},
+    )
+    try:
+        serve.run(application(config, model_name=name, api_key=api_key), name=APP)
+    except RuntimeError as error:
+        raise _explain(config, error) from None
+
+
+def _explain(config: ServeConfig, error: RuntimeError) -> Exception:
+    """The reason for a failed deployment, out of Serve's message with the replica's traceback in it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in lines:
+        if BAD_ARGUMENT in line:
+            return InputError(line.partition(BAD_ARGUMENT)[2])
+    return RuntimeError(f"{config.model} did not load:\n{error}")
+
+
+def _wait_until_up(url: str, api_key: str | None, *, deadline: float) -> None:
+    request = urllib.request.Request(f"{url}/models")
+    if api_key is not None:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while True:
+        try:
+            with opener.open(request, timeout=10):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the server started but {url}/models does not answer: {error}") from None
+        time.sleep(0.1)
+
+
+def announcement(config: ServeConfig, name: str, url: str, *, seconds: float) -> str:
+    """How to use the running server: addresses and two commands to copy."""
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
+    key = "" if config.api_key_file is None else shlex.quote(str(config.api_key_file))
+    curl = f"curl {url}/chat/completions -H 'Content-Type: application/json'"
+    chat = "rayllm chat"
+    if config.port != 8000 or not url.startswith("http://127.0.0.1:"):
+        chat += f" url={url}"
+    if key:
+        curl += f' -H "Authorization: Bearer $(cat {key})"'
+        chat += f" api_key_file={key}"
+    lines = [
+        f"Serving {config.model} as {name!r} (ready after {seconds:.0f} s)",
+        "",
+        f"  API    {url}",
+        f"  chat   {chat}",
+        f"  curl   {curl} -d {shlex.quote(body)}",
+        "",
+        "Ctrl-C stops the server.",
+    ]
+    return "\n".join(lines)
+
+
+def _watch(console: Console) -> None:
+    """Tell when the model goes down and comes back; Serve repairs it. Ends only by an exception."""
+    was_up = True
+    while True:
+        time.sleep(POLL_S)
+        app = serve.status().applications.get(APP)
+        if app is None:
+            raise RuntimeError("the application was deleted from the Ray cluster; start the job again")
+        is_up = app.status == "RUNNING"
+        if is_up != was_up:
+            text = "The model answers again." if is_up else "The model's engine died; starting it again ..."
+            console.print(text)
+        was_up = is_up
+
+
+# --------------------------------------------------------------------------------------------------------- stop
+
+
+@contextmanager
+def _signals_raise_stop() -> Iterator[Callable[[], None]]:
+    """SIGINT and SIGTERM raise Stop in the main thread; gives the function that puts the handlers in place again.
+
+    In another thread signals cannot be caught and nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def handle(signum: int, _frame: object) -> None:
+        raise Stop(signum)
+
+    def catch() -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, handle)
+
+    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    catch()
+    try:
+        yield catch
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def _stop_all(owns_ray: bool) -> None:
+    """Stop the replicas and the proxy, then Ray if this job started it, then whatever is left of its processes.
+
+    Requests under way may finish (20 s); a second Ctrl-C cuts them off.
+    """
+    started = psutil.Process().children(recursive=True) if owns_ray else []
+    with suppress(Stop):
+        if ray.is_initialized():
+            serve.shutdown()
+    if not owns_ray:
+        return
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signum, signal.SIG_IGN)
+    ray.shutdown()
+    _, alive = psutil.wait_procs(started, timeout=KILL_AFTER_S)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=KILL_AFTER_S)

@@ -1,0 +1,233 @@
+"""YAML file + ``section.key=value`` overrides -> one frozen, validated config that knows where each value is from."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from rayllm.errors import InputError
+
+
+class Config(BaseModel):
+    """Base of every config section: immutable, unknown keys are errors, field docstrings become the help."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One value that differs from its default."""
+
+    value: Any
+    default: Any
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded(Generic[ConfigT]):
+    """A config and, for every key that was given, where it came from."""
+
+    config: ConfigT
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def changes(self) -> dict[str, Change]:
+        """Dotted key -> value, default and origin, for all values that differ from their defaults."""
+        found: dict[str, Change] = {}
+        for key, value, default in _leaves(self.config, None):
+            if value != default:
+                origin = self.origins.get(key) or _nearest_origin(self.origins, key)
+                found[key] = Change(value, default, origin)
+        return found
+
+
+def load_config(
+    cls: type[ConfigT], path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()
+) -> Loaded[ConfigT]:
+    """Read ``path`` (optional), apply overrides from left to right, validate.
+
+    Raises:
+        InputError: missing or malformed file, unknown key (with the nearest known one), bad value.
+    """
+    tree, origins = read_yaml(path) if path is not None else ({}, {})
+    for override in overrides:
+        apply_override(tree, origins, override)
+    return validate(cls, tree, origins)
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's mapping and, per dotted key, ``file:line``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--config: cannot read {path}: {error.strerror}") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected 'key: value' lines, got a {type(tree).__name__}")
+    origins: dict[str, str] = {}
+    _collect_origins(node, "", path, origins)
+    return tree, origins
+
+
+def apply_override(tree: dict[str, Any], origins: dict[str, str], override: str) -> None:
+    """Set ``section.key=value`` in ``tree``; the value is read as YAML."""
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise InputError(f"{override!r}: expected section.key=value")
+    *parents, leaf = key.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise InputError(f"{override!r}: {parent!r} is a value, not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        node[leaf] = text
+    origins[key] = "command line"
+
+
+def validate(cls: type[ConfigT], tree: dict[str, Any], origins: dict[str, str]) -> Loaded[ConfigT]:
+    """Build the config from plain data; pydantic's errors become lines that name key, value and fix."""
+    try:
+        return Loaded(cls.model_validate(_over_defaults(cls, tree)), origins)
+    except ValidationError as error:
+        lines = [_explain(cls, e, origins) for e in error.errors()]
+        raise InputError("\n".join(lines)) from None
+
+
+def describe_fields(
+    cls: type[Config], prefix: str = "", default: Config | None = None
+) -> list[tuple[str, str, str, str]]:
+    """(dotted key, type, default, docstring) of every field, sections expanded, in order of definition."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, info in cls.model_fields.items():
+        value = _default_of(info) if default is None else getattr(default, name)
+        section = _section_of(info)
+        if section is not None:
+            rows.extend(describe_fields(section, f"{prefix}{name}.", value if isinstance(value, Config) else None))
+            continue
+        doc = " ".join((info.description or "").split())
+        required = default is None and info.is_required()
+        text = "required" if required else "null" if value is None else str(value)
+        rows.append((prefix + name, _type_name(info), text, doc))
+    return rows
+
+
+def _section_of(info: FieldInfo) -> type[Config] | None:
+    annotation = info.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+
+
+def _type_name(info: FieldInfo) -> str:
+    text = getattr(info.annotation, "__name__", None)
+    if text is None or "[" in str(info.annotation) or "|" in str(info.annotation):
+        text = str(info.annotation)
+    for noise in ("typing.", "pathlib.", "<class '", "'>"):
+        text = text.replace(noise, "")
+    return text.replace("Literal[", "one of [").replace("NoneType", "None")
+
+
+def _default_of(info: FieldInfo) -> Any:
+    return None if info.default is PydanticUndefined else info.get_default(call_default_factory=True)
+
+
+def _leaves(config: Config, default: Config | None, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, value, default) of every field; a section's defaults are those of its place, not of its class."""
+    rows = []
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        usual = _default_of(info) if default is None else getattr(default, name)
+        if isinstance(value, Config):
+            rows.extend(_leaves(value, usual if isinstance(usual, Config) else None, f"{prefix}{name}."))
+            continue
+        rows.append((prefix + name, value, usual))
+    return rows
+
+
+def _over_defaults(cls: type[Config], tree: dict[str, Any]) -> dict[str, Any]:
+    """Fill a partly given section from the default of its place: the policy's optimizer and the critic's differ."""
+    merged = dict(tree)
+    for name, info in cls.model_fields.items():
+        given, usual = tree.get(name), _default_of(info)
+        if isinstance(given, dict) and isinstance(usual, Config):
+            merged[name] = _merge(usual.model_dump(), given)
+        elif isinstance(given, dict) and (section := _section_of(info)) is not None:
+            merged[name] = _over_defaults(section, given)
+    return merged
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        below = base.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _nearest_origin(origins: dict[str, str], key: str) -> str:
+    """A value inside a mapping or list is known by the key of the whole; else code set it."""
+    inside = [origin for name, origin in origins.items() if name.startswith(key + ".")]
+    return inside[0] if inside else "set by the caller"
+
+
+def _collect_origins(node: yaml.Node | None, prefix: str, path: Path, origins: dict[str, str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        key = f"{prefix}{key_node.value}"
+        origins[key] = f"{path}:{key_node.start_mark.line + 1}"
+        _collect_origins(value_node, key + ".", path, origins)
+
+
+def _explain(cls: type[Config], error: Any, origins: dict[str, str]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    origin = origins.get(key)
+    where = "" if origin in (None, "command line") else f"{origin}: "
+    if error["type"] == "extra_forbidden":
+        return f"{where}{key}: unknown key. {_did_you_mean(cls, key)}"
+    if error["type"] == "missing":
+        docs = {name: doc for name, _, _, doc in describe_fields(cls)}
+        return f"{key}: required but not given. {docs.get(key, '')}".rstrip()
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:  # a rule across fields names its keys itself
+        return message
+    if error["type"] == "value_error":
+        return f"{where}{key}: {message}"
+    return f"{where}{key}: got {error['input']!r}; {message[0].lower() + message[1:]}"
+
+
+def _did_you_mean(cls: type[Config], key: str) -> str:
+    rows = {name: (default, doc) for name, _, default, doc in describe_fields(cls)}
+    sections = {name.rsplit(".", 1)[0] for name in rows if "." in name}
+    names = list(rows) + sorted(sections)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if not near:
+        leaf = key.rsplit(".", 1)[-1]
+        by_leaf = {name.rsplit(".", 1)[-1]: name for name in rows}
+        near = [by_leaf[m] for m in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
+    if not near:
+        section = key.rsplit(".", 1)[0] + "." if "." in key else ""
+        known = sorted({n[len(section):].split(".")[0] for n in names if n.startswith(section)})
+        return f"Known here: {', '.join(known)}"
+    if near[0] in rows:
+        default, doc = rows[near[0]]
+        return f"Did you mean {near[0]} (default {default})? {doc}"
+    return f"Did you mean the section {near[0]}?"

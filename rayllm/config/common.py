@@ -1,0 +1,126 @@
+"""Sections that several jobs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rayllm.config.base import Config
+
+
+class JobConfig(Config):
+    run_dir: Path
+    """Folder of this run: its model, metrics, logs and checkpoints. The same command again continues in it."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of everything random in this job."""
+
+    overwrite: bool = False
+    """When run_dir holds a run with other settings or inputs: move that run aside and start over, instead of
+    refusing."""
+
+
+class OptimizerConfig(Config):
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+
+    warmup_steps: int = Field(10, ge=0)
+    """Optimizer steps over which the learning rate rises linearly to its peak."""
+
+    final_ratio: float = Field(0.05, ge=0, le=1)
+    """Learning rate at the end, as a fraction of the peak (cosine and linear)."""
+
+    weight_decay: float = Field(0.1, ge=0)
+    """AdamW weight decay, on matrices only (biases, norms and heads of one row are left out)."""
+
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW decay of the gradient mean."""
+
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """AdamW decay of the squared gradient mean."""
+
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+
+    def learning_rate_at(self, step: int, num_steps: int) -> float:
+        """The rate of the step with this index, 0 <= step < num_steps."""
+        import math
+
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        progress = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
+        falling = 0.5 * (1 + math.cos(math.pi * progress)) if self.schedule == "cosine" else 1 - progress
+        return self.learning_rate * (self.final_ratio + (1 - self.final_ratio) * falling)
+
+
+class LearnerConfig(Config):
+    """How DeepSpeed holds and trains a model."""
+
+    zero_stage: int = Field(2, ge=0, le=3)
+    """DeepSpeed ZeRO stage: 1 shards the optimizer state over the ranks, 2 the gradients too, 3 the weights too."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations; with bfloat16 the optimizer keeps float32 master weights."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class WorkersConfig(Config):
+    """Ray Train workers, one data-parallel rank each."""
+
+    num_workers: int = Field(1, ge=1)
+    """Data-parallel ranks."""
+
+    cpus_per_worker: float = Field(1, gt=0)
+    """CPUs that Ray reserves for each worker. On CPU a worker computes on one thread."""
+
+    gpus_per_worker: float = Field(0, ge=0)
+    """GPUs that Ray reserves for each worker; 0 trains on CPU over gloo."""
+
+    max_failures: int = Field(2, ge=0)
+    """Restarts of the worker group from the last checkpoint before the job fails."""
+
+
+class CheckpointConfig(Config):
+    every_steps: int = Field(100, ge=1)
+    """Steps between checkpoints; one more is written at the end."""
+
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class TrainConfig(JobConfig):
+    """What the Ray Train jobs have in common."""
+
+    batch_size: int = Field(16, ge=1)
+    """Rows per optimizer step, over all workers. Must be a multiple of workers.num_workers."""
+
+    micro_batch_size: int = Field(64, ge=1)
+    """Most rows in one forward pass of one worker; smaller saves memory and changes nothing else."""
+
+    eval_every: int = Field(100, ge=1)
+    """Steps between evaluations on held-out data."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    learner: LearnerConfig = LearnerConfig()
+    workers: WorkersConfig = WorkersConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainConfig:
+        ranks = self.workers.num_workers
+        if self.batch_size % ranks:
+            near = max(ranks, round(self.batch_size / ranks) * ranks)
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide over workers.num_workers={ranks}; "
+                f"nearest that does: batch_size={near}"
+            )
+        return self

@@ -1,0 +1,87 @@
+"""The one batch type that moves between the rollout, scoring and update stages.
+
+Shapes (used by every module under rayllm/):
+    B  sequences in the batch
+    T  tokens per sequence, prompt + response, right-padded
+Every per-token tensor is (B, T) and aligned to ``sequences``: position t describes
+the token ``sequences[b, t]`` given the tokens before it. Position 0 has no
+predecessor, so it is always outside ``action_mask``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+PER_SEQUENCE = ("rewards", "prompt_ids", "stopped")
+"""Fields of shape (B,); all others are (B, T)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experience:
+    """Rollouts of one step, plus everything the update needs, filled stage by stage."""
+
+    # Set by the rollout stage.
+    sequences: torch.Tensor  # (B, T) int64 token ids
+    attention_mask: torch.Tensor  # (B, T) bool, True on real tokens
+    action_mask: torch.Tensor  # (B, T) bool, True on tokens sampled by the policy
+    rollout_logprobs: torch.Tensor  # (B, T) nats, from the sampling engine
+    prompt_ids: torch.Tensor  # (B,) int64, equal for samples of the same prompt
+    stopped: torch.Tensor  # (B,) bool, the model ended its turn by itself
+    # Set by the scoring stage.
+    rewards: torch.Tensor | None = None  # (B,) scalar reward per sequence
+    logprobs: torch.Tensor | None = None  # (B, T) nats, policy before this step's updates
+    ref_logprobs: torch.Tensor | None = None  # (B, T) nats, frozen reference policy
+    values: torch.Tensor | None = None  # (B, T) critic estimate before each token
+    # Set from the scores, by rayllm.algorithms.rewards and .advantages.
+    kl: torch.Tensor | None = None  # (B, T) estimate of policy against reference, nats
+    advantages: torch.Tensor | None = None  # (B, T)
+    returns: torch.Tensor | None = None  # (B, T) regression target of the critic
+
+    def __post_init__(self) -> None:
+        batch, tokens = self.sequences.shape
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is None:
+                continue
+            expected = (batch,) if field.name in PER_SEQUENCE else (batch, tokens)
+            if tuple(tensor.shape) != expected:
+                raise ValueError(f"Experience.{field.name} has shape {tuple(tensor.shape)}, expected {expected}")
+        if self.action_mask[:, 0].any():
+            raise ValueError("Experience.action_mask[:, 0] must be False: the first token has no predecessor")
+
+    def __len__(self) -> int:
+        return self.sequences.shape[0]
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> Experience:
+        """Select sequences; every tensor keeps its rows together."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device | str) -> Experience:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def _map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Experience:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: fn(v) for k, v in values.items() if v is not None})
+
+
+def concat(parts: list[Experience]) -> Experience:
+    """Join batches along B, right-padding T to the longest. Raises ValueError on an empty list or
+    when a field is set in some parts only."""
+    if not parts:
+        raise ValueError("concat() needs at least one Experience")
+    longest = max(part.sequences.shape[1] for part in parts)
+    joined = {}
+    for field in fields(Experience):
+        tensors = [getattr(part, field.name) for part in parts]
+        if all(tensor is None for tensor in tensors):
+            continue
+        if any(tensor is None for tensor in tensors):
+            raise ValueError(f"Experience.{field.name} is set in some parts only")
+        if tensors[0].dim() == 2:
+            tensors = [torch.nn.functional.pad(t, (0, longest - t.shape[1])) for t in tensors]
+        joined[field.name] = torch.cat(tensors)
+    return Experience(**joined)

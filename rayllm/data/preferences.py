@@ -1,0 +1,90 @@
+"""Rankings: one prompt, several responses, who is better.
+
+A ranking row of a Parquet file has `prompt` (messages), `responses` (texts, all different), `response_ids` (the
+tokens as sampled, end-of-turn token included where the model produced it), `ranks` (0 is best, ties share a rank),
+`labeler`. `response_ids` may be null for rankings made elsewhere: the text is then encoded with the template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayllm.data.chat import encode_conversation, messages_problem, prompt_messages, prompt_token_ids
+from rayllm.data.files import Row, read_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Encoded responses of one prompt and their ranks."""
+
+    sequences: list[np.ndarray]  # prompt and response, (T_i,) int64 each
+    ranks: list[int]
+    """Aligned to ``sequences``; 0 is best, ties share a rank."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs with a better and a worse response."""
+        ranks = self.ranks
+        return sum(a != b for i, a in enumerate(ranks) for b in ranks[:i])
+
+
+@dataclass(frozen=True, slots=True)
+class RankingData:
+    rankings: list[Ranking]
+    dropped: dict[str, int]
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(r.num_pairs for r in self.rankings)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(s) for r in self.rankings for s in r.sequences)
+
+
+def read_rankings(path: Path, tokenizer: Any, *, max_length: int) -> RankingData:
+    """Read and encode rankings; responses over ``max_length`` tokens and prompts left without a pair are dropped.
+
+    Raises:
+        InputError: a malformed row, by its number.
+    """
+    rankings = []
+    dropped = {"response longer than max_length": 0, "no pair with a better response": 0}
+    for row in read_rows(path, ["prompt", "responses", "ranks"], check=_problem):
+        sequences, ranks = [], []
+        for sequence, rank in zip(_encode(row, tokenizer), row["ranks"], strict=True):
+            if len(sequence) > max_length:
+                dropped["response longer than max_length"] += 1
+            else:
+                sequences.append(sequence)
+                ranks.append(int(rank))
+        ranking = Ranking(sequences, ranks)
+        if ranking.num_pairs:
+            rankings.append(ranking)
+        else:
+            dropped["no pair with a better response"] += 1
+    return RankingData(rankings, {reason: count for reason, count in dropped.items() if count})
+
+
+def _encode(row: Row, tokenizer: Any) -> list[np.ndarray]:
+    messages = prompt_messages(row["prompt"])
+    if row.get("response_ids") is None:
+        turns = [[*messages, {"role": "assistant", "content": text}] for text in row["responses"]]
+        return [encode_conversation(tokenizer, turn).token_ids for turn in turns]
+    prompt = prompt_token_ids(tokenizer, messages)
+    return [np.asarray([*prompt, *ids], dtype=np.int64) for ids in row["response_ids"]]
+
+
+def _problem(row: Row) -> str | None:
+    responses, ranks, ids = row["responses"], row["ranks"], row.get("response_ids")
+    if not isinstance(responses, list) or not isinstance(ranks, list):
+        return "'responses' and 'ranks' must be lists"
+    if len(responses) != len(ranks) or (ids is not None and len(ids) != len(ranks)):
+        return f"{len(responses)} responses but {len(ranks)} ranks"
+    if not all(isinstance(rank, int) and rank >= 0 for rank in ranks):
+        return f"'ranks' must be whole numbers from 0 (best), got {ranks}"
+    return messages_problem(row["prompt"])

@@ -1,0 +1,56 @@
+"""Prompts to sample answers for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayllm.data.chat import Message, messages_problem, prompt_messages, prompt_token_ids
+from rayllm.data.files import Row, read_rows
+from rayllm.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class PromptData:
+    """Rows of a prompt file; ``prompt_id`` everywhere is the index into these lists."""
+
+    rows: list[Row]
+    token_ids: list[list[int]]
+    dropped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def messages(self, prompt_id: int) -> list[Message]:
+        return prompt_messages(self.rows[prompt_id]["prompt"])
+
+    def text(self, prompt_id: int) -> str:
+        """The last user turn, for people to read."""
+        return self.messages(prompt_id)[-1]["content"]
+
+
+def read_prompts(path: Path, tokenizer: Any, *, max_prompt_tokens: int, limit: int | None = None) -> PromptData:
+    """Read the `prompt` column (text or messages) and encode it with the chat template.
+
+    Other columns are kept: reward functions and judges may need them. Prompts over ``max_prompt_tokens`` are
+    dropped and counted.
+
+    Raises:
+        InputError: a malformed row, or no prompt left.
+    """
+    rows: list[Row] = []
+    token_ids: list[list[int]] = []
+    dropped = 0
+    for row in read_rows(path, ["prompt"], check=lambda row: messages_problem(row["prompt"])):
+        ids = prompt_token_ids(tokenizer, prompt_messages(row["prompt"]))
+        if len(ids) > max_prompt_tokens:
+            dropped += 1
+            continue
+        rows.append(row)
+        token_ids.append(ids)
+        if limit is not None and len(rows) == limit:
+            break
+    if not rows:
+        raise InputError(f"{path}: no prompt of at most {max_prompt_tokens} tokens")
+    return PromptData(rows, token_ids, {f"longer than {max_prompt_tokens} tokens": dropped} if dropped else {})

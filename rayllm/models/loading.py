@@ -1,0 +1,121 @@
+"""Model folders in Hugging Face format: create, check, load, save. Safetensors only, no remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from rayllm.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def create_causal_lm(architecture: str, tokenizer: Any, shape: dict[str, Any], *, seed: int) -> PreTrainedModel:
+    """A decoder with random weights.
+
+    Args:
+        architecture: transformers ``model_type`` such as "qwen3" or "llama".
+        tokenizer: gives the vocabulary size and the special token ids.
+        shape: fields of the architecture's own config (``hidden_size``, ``num_hidden_layers``, ...).
+        seed: of the initial weights.
+
+    Raises:
+        InputError: a field that the architecture does not know, or heads that do not divide.
+    """
+    config = AutoConfig.for_model(architecture)
+    unknown = [name for name in shape if not hasattr(config, name)]
+    if unknown:
+        raise InputError(f"model.{unknown[0]}: the architecture {architecture!r} has no such field")
+    config = AutoConfig.for_model(
+        architecture,
+        **shape,
+        vocab_size=len(tokenizer),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(
+            f"model.num_key_value_heads={config.num_key_value_heads} must divide "
+            f"model.num_attention_heads={config.num_attention_heads}"
+        )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def check_model_dir(path: Path, *, key: str) -> None:
+    """Raise InputError unless ``path`` is a local folder with a config and safetensors weights.
+
+    Args:
+        path: the model folder.
+        key: the config key that named it, for the message.
+    """
+    if not path.is_dir():
+        raise InputError(f"{key}: no model folder at {path}")
+    if not (path / "config.json").is_file():
+        raise InputError(f"{key}: {path} has no config.json; expected a Hugging Face model folder")
+    if not any(path.glob("*.safetensors")):
+        other = sorted(f.name for f in path.glob("*.bin")) + sorted(f.name for f in path.glob("*.pt"))
+        hint = f" (found {other[0]}; convert it with save_pretrained, pickled weights are not read)" if other else ""
+        raise InputError(f"{key}: {path} has no *.safetensors weights{hint}")
+
+
+def check_tokenizer_dir(path: Path, *, key: str) -> None:
+    """Raise InputError unless ``path`` holds a fast tokenizer."""
+    if not (path / "tokenizer.json").is_file():
+        raise InputError(f"{key}: {path} has no tokenizer.json; expected a tokenizer or model folder")
+
+
+def load_tokenizer(path: Path | str) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        InputError: it has no end-of-sequence token, so no model could learn to stop.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no eos_token; set one in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(path: Path | str, *, dtype: str = "float32") -> PreTrainedModel:
+    """A decoder from a local folder or the hub, in evaluation mode."""
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=DTYPES[dtype], use_safetensors=True)
+    return model.eval()
+
+
+def load_sequence_classifier(path: Path | str, *, dtype: str = "float32") -> PreTrainedModel:
+    """A model with one score per sequence (``num_labels=1``), from a classifier's or a decoder's folder.
+
+    From a decoder the score head is new and random; seed torch before the call.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(path), num_labels=1, dtype=DTYPES[dtype], use_safetensors=True
+    )
+    return model.eval()
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
+    """Write weights, config, tokenizer and chat template as one Hugging Face folder."""
+    path.mkdir(parents=True, exist_ok=True)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = model.config.eos_token_id
+        model.generation_config.pad_token_id = model.config.pad_token_id
+    model.save_pretrained(path, safe_serialization=True)
+    tokenizer.save_pretrained(path)
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    """Distinct parameters; tied ones count once."""
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())

@@ -1,0 +1,248 @@
+"""One run folder: what was asked, what happened, how it ended. Everything a person sees is a view of these files.
+
+```
+RUN/run.json       settings with their origin, parents, data, status, final metrics, versions (one JSON object)
+RUN/config.yaml    the resolved config; `rayllm <job> --config RUN/config.yaml run_dir=...` repeats the run
+RUN/events.jsonl   {"t", "step", "metrics"} a line, appended
+RUN/model/         the model, in Hugging Face format, with lineage.json
+RUN/checkpoints/   to continue from
+RUN/logs/          what the libraries had to say
+```
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import yaml
+
+from rayllm.config.base import Loaded
+from rayllm.config.common import JobConfig
+from rayllm.errors import InputError
+from rayllm.lineage import (
+    code_version,
+    config_inputs,
+    content_id,
+    fingerprint,
+    versions,
+    write_json,
+    write_manifest,
+)
+
+
+class Run:
+    """A run folder in use. Open it, and unless it is ``done`` already, work inside ``with run:``."""
+
+    def __init__(self, stage: str, loaded: Loaded[Any]) -> None:
+        """Open or create the folder.
+
+        Raises:
+            InputError: an input is missing, the folder holds another run, or another process is using it.
+        """
+        config: JobConfig = loaded.config
+        self.stage, self.loaded, self.config = stage, loaded, config
+        self.dir = config.run_dir
+        self.inputs = {key: _existing(key, path) for key, path in config_inputs(config).items()}
+        ids = {key: content_id(path) for key, path in self.inputs.items()}
+        self.fingerprint = fingerprint(stage, config, ids)
+        self._ids = ids
+        self._lock: Any = None
+        before = self._previous()
+        self.done = before is not None and before["status"] == "done"
+        self.resuming = before is not None and not self.done
+        self.record: dict[str, Any] = before if before is not None else self._new_record()
+
+    @property
+    def model_dir(self) -> Path:
+        return self.dir / "model"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.dir / "checkpoints"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.dir / "logs"
+
+    def __enter__(self) -> Self:
+        for folder in (self.dir, self.logs_dir, self.checkpoints_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.dir / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"run_dir: {self.dir} is in use by another process") from None
+        self._began = time.monotonic()
+        self._seconds_before = float(self.record.get("seconds") or 0.0)
+        (self.dir / "config.yaml").write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+        self._save(status="running", error=None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            stopped = issubclass(kind, KeyboardInterrupt | SystemExit)
+            self._save(status="stopped" if stopped else "failed", error=None if stopped else str(error)[:4000])
+        self._lock.close()
+        (self.dir / ".lock").unlink(missing_ok=True)
+
+    def describe(self, **facts: Any) -> None:
+        """Add to run.json: ``data``, ``model``, ``placement`` and the like."""
+        self.record.update(facts)
+        self._save()
+
+    def add_data(self, key: str, **facts: Any) -> None:
+        """Note what was read from the input file named by the config key: rows, tokens, dropped by reason."""
+        entry = {"name": key, "path": str(self.inputs[key]), "sha256": self._ids[key], **facts}
+        self.record["data"] = [d for d in self.record["data"] if d["name"] != key] + [entry]
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line of metrics."""
+        self._append({"t": round(self.seconds, 3), "step": step, "metrics": dict(metrics)})
+
+    def note(self, text: str) -> None:
+        """Append one line of text."""
+        self._append({"t": round(self.seconds, 3), "kind": "note", "text": text})
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics of ``step`` and later: a resumed run makes them again."""
+        path = self.dir / "events.jsonl"
+        if not path.is_file():
+            return
+        lines = [line for line in path.read_text().splitlines() if _complete(line)]
+        kept = [line for line in lines if json.loads(line).get("step", -1) < step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def finish(self, metrics: Mapping[str, float], *, model_parameters: int | None = None) -> None:
+        """Write the model's manifest, if the run made a model, and mark the run done."""
+        self.record["metrics"] = dict(metrics)
+        if self.model_dir.is_dir():
+            parents = self.record["parents"]
+            model_id = write_manifest(
+                self.model_dir,
+                stage=self.stage,
+                parents=parents,
+                data=self.record["data"],
+                config=self.config.model_dump(mode="json"),
+                metrics=metrics,
+            )
+            self.record["model"] = {
+                "id": model_id, "path": str(self.model_dir), "parameters": model_parameters
+            }
+        self._save(status="done")
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in this run, earlier attempts included."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def _save(self, **changes: Any) -> None:
+        self.record.update(changes, seconds=round(self.seconds, 2))
+        write_json(self.dir / "run.json", self.record)
+
+    def _append(self, event: dict[str, Any]) -> None:
+        with (self.dir / "events.jsonl").open("a") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def _previous(self) -> dict[str, Any] | None:
+        """The record of an earlier attempt at the very same run, or None for a fresh start."""
+        path = self.dir / "run.json"
+        if not path.is_file():
+            if self.dir.is_dir() and any(self.dir.iterdir()):
+                raise InputError(f"run_dir: {self.dir} is not empty and holds no run of rayllm")
+            return None
+        record = json.loads(path.read_text())
+        if record.get("fingerprint") == self.fingerprint:
+            return record
+        if not self.config.overwrite:
+            raise InputError(
+                f"run_dir: {self.dir} holds a {record.get('stage')} run with other settings or inputs "
+                f"({', '.join(self._differences(record)) or 'other versions'}); "
+                "use another run_dir, or overwrite=true to move it aside and start over"
+            )
+        aside = self.dir.with_name(f"{self.dir.name}.old-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+        os.replace(self.dir, aside)
+        return None
+
+    def _differences(self, record: dict[str, Any]) -> list[str]:
+        before = _flatten({k: v for k, v in record.get("config", {}).items() if k not in ("run_dir", "overwrite")})
+        now = _flatten(self.config.model_dump(mode="json", exclude={"run_dir", "overwrite"}))
+        changed = [key for key in now if before.get(key) != now[key]]
+        inputs = record.get("inputs", {})
+        return changed + [f"content of {key}" for key, value in self._ids.items() if inputs.get(key) != value]
+
+    def _new_record(self) -> dict[str, Any]:
+        changes = self.loaded.changes()
+        return {
+            "stage": self.stage,
+            "status": "running",
+            "fingerprint": self.fingerprint,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": 0.0,
+            "command": shlex.join(sys.argv),
+            "config": self.config.model_dump(mode="json"),
+            "changed": {
+                key: {"value": c.value, "default": c.default, "origin": c.origin} for key, c in changes.items()
+            },
+            "inputs": self._ids,
+            "parents": [
+                {"role": key, "id": self._ids[key], "path": str(path)}
+                for key, path in self.inputs.items()
+                if path.is_dir()
+            ],
+            "data": [],
+            "metrics": {},
+            "model": None,
+            "versions": versions(),
+            "code": code_version(),
+            "hardware": {
+                "cpus": os.cpu_count(),
+                "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+                "machine": platform.machine(),
+                "python": platform.python_version(),
+            },
+            "error": None,
+        }
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """The record of a run folder, or None."""
+    path = folder / "run.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _existing(key: str, path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"{key}: nothing at {path}")
+    return path
+
+
+def _complete(line: str) -> bool:
+    """A process killed while it wrote leaves half a line."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

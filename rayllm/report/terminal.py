@@ -1,0 +1,171 @@
+"""What a person sees while a job runs: a block before the first step, live progress, a line at the end.
+
+On a terminal progress is drawn with rich; elsewhere each update is one plain ``key=value`` line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rayllm.report.run import Run
+
+PLAIN_INTERVAL = 5.0
+"""Least seconds between two plain lines."""
+
+
+def print_preamble(
+    console: Console,
+    run: Run,
+    *,
+    example: Sequence[tuple[str, bool]] = (),
+    placement: Sequence[tuple[str, str]] = (),
+) -> None:
+    """The block before the first step.
+
+    Args:
+        console: where to print.
+        run: gives settings, parents and data.
+        example: one training example as (text, trained) pieces.
+        placement: (role, where) rows.
+    """
+    verb = "resumes in" if run.resuming else "in"
+    console.rule(f"[bold]{run.stage}[/bold] {verb} {escape(str(run.dir))}", align="left", style="dim")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for parent in run.record["parents"]:
+        table.add_row(parent["role"], f"{escape(parent['path'])} [dim]{parent['id'][:12]}[/dim]")
+    for data in run.record["data"]:
+        table.add_row(data["name"], escape(_data_line(data)))
+    for key, change in run.record["changed"].items():
+        if key == "run_dir" or key in run.inputs or key.split(".")[0] in ("models", "prompts"):
+            continue
+        origin = f"{change['origin']}, default {change['default']}"
+        table.add_row("setting", f"{escape(f'{key} = {change["value"]}')} [dim]({escape(origin)})[/dim]")
+    for role, where in placement:
+        table.add_row("placement", escape(f"{role}: {where}"))
+    if example:
+        table.add_row("example", _example_text(example, plain=not console.is_terminal))
+    console.print(table)
+
+
+def _data_line(data: Mapping[str, Any]) -> str:
+    parts = [f"{data[name]:,} {name.replace('_', ' ')}" for name in ("rows", "tokens", "pairs") if name in data]
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in (data.get("dropped") or {}).items())
+    return f"{data['path']}: {', '.join(parts)}" + (f"; dropped: {dropped}" if dropped else "; none dropped")
+
+
+def _example_text(pieces: Sequence[tuple[str, bool]], *, plain: bool) -> Text:
+    text = Text()
+    for piece, trained in pieces:
+        shown = piece.replace("\n", "⏎")
+        if plain:
+            text.append(f"[[{shown}]]" if trained else shown)
+        else:
+            text.append(shown, style="bold green" if trained else "dim")
+    text.append("  ([[trained]])" if plain else "  (green: trained)", style="dim")
+    return text
+
+
+def mark_example(tokenizer: Any, token_ids: Sequence[int], trained: Sequence[bool]) -> list[tuple[str, bool]]:
+    """Runs of equal training state, decoded with their special tokens."""
+    pieces: list[tuple[str, bool]] = []
+    start = 0
+    for index in range(1, len(token_ids) + 1):
+        if index == len(token_ids) or trained[index] != trained[start]:
+            pieces.append((tokenizer.decode(list(token_ids[start:index])), bool(trained[start])))
+            start = index
+    return pieces
+
+
+class Progress:
+    """Live view of a loop of ``num_steps``; use as a context manager and call `update`."""
+
+    def __init__(self, console: Console, stage: str, num_steps: int) -> None:
+        self.console, self.stage, self.num_steps = console, stage, num_steps
+        self._began = time.monotonic()
+        self._first_step: int | None = None
+        self._last_plain = 0.0
+        self._status = "starting"
+        self._step = 0
+        self._metrics: dict[str, float] = {}
+        self._live = Live(self._draw(), console=console, refresh_per_second=4) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.update(self._draw())
+            self._live.__exit__(kind, error, trace)
+        elif kind is None and self._metrics:
+            self._print_plain()
+
+    def status(self, text: str) -> None:
+        """Say what is being waited for before the first step."""
+        self._status = text
+        if self._live is not None:
+            self._live.update(self._draw())
+        else:
+            self.console.print(f"{self.stage} status={text!r}", markup=False, highlight=False)
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Step ``step`` (counted from 1) is done."""
+        if self._first_step is None:
+            self._first_step, self._began = step, time.monotonic()
+        self._step = step
+        self._metrics.update(metrics)
+        self._status = ""
+        if self._live is not None:
+            self._live.update(self._draw())
+        elif time.monotonic() - self._last_plain >= PLAIN_INTERVAL:
+            self._print_plain()
+
+    def _print_plain(self) -> None:
+        self._last_plain = time.monotonic()
+        metrics = " ".join(f"{name}={format_number(value)}" for name, value in self._metrics.items())
+        line = f"{self.stage} step={self._step}/{self.num_steps} {metrics}"
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _draw(self) -> Group:
+        head = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=self.num_steps, completed=self._step, width=30)
+        elapsed = time.monotonic() - self._began
+        done = self._step - (self._first_step or 0)
+        eta = f"eta {elapsed / done * (self.num_steps - self._step):.0f} s" if done > 0 else ""
+        head.add_row(
+            Text(self.stage, style="bold"), f"step {self._step}/{self.num_steps}", bar,
+            f"{elapsed:.0f} s", eta, Text(self._status, style="dim"),
+        )  # fmt: skip
+        cells = [f"{name.split('/', 1)[-1]} {format_number(value)}" for name, value in self._metrics.items()]
+        return Group(head, Text("   ".join(cells), style="dim"))
+
+
+def format_number(value: float) -> str:
+    """Short and stable: 4 significant digits, thousands grouped."""
+    if isinstance(value, int) or (abs(value) >= 10_000):
+        return f"{value:,.0f}".replace(",", "_")
+    return f"{value:.4g}"
+
+
+def print_done(console: Console, run: Run, metrics: Mapping[str, float]) -> None:
+    """The line at the end of a stage."""
+    figures = "  ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
+    model = run.record.get("model")
+    made = f"  model {model['id'][:12]} in {model['path']}" if model else ""
+    line = f"[green]✓[/green] [bold]{run.stage}[/bold] {run.seconds:.0f} s  {escape(figures)}[dim]{escape(made)}[/dim]"
+    console.print(line, highlight=False, soft_wrap=True)

@@ -1,0 +1,153 @@
+import math
+import statistics
+
+import pytest
+import torch
+
+from rayllm.algorithms.advantages import GROUP_KINDS, gae, group_advantages, masked_moments, whiten
+
+
+def gae_loop(rewards, values, mask, gamma, gae_lambda):
+    """Textbook GAE over the list of action tokens of one row."""
+    columns = [t for t in range(len(mask)) if mask[t]]
+    advantages = [0.0] * len(mask)
+    for i, t in enumerate(columns):
+        total, factor = 0.0, 1.0
+        for j in range(i, len(columns)):
+            following = values[columns[j + 1]] if j + 1 < len(columns) else 0.0
+            total += factor * (rewards[columns[j]] + gamma * following - values[columns[j]])
+            factor *= gamma * gae_lambda
+        advantages[t] = total
+    return advantages
+
+
+def test_gae_by_hand():
+    # Actions at 1 and 3 (2 is tool output), gamma 1, lambda 0.5.
+    # t=3: delta = 2 - 1 = 1,          A = 1,               R = 1 + 1 = 2
+    # t=1: delta = 0 + 1 - 0.5 = 0.5,  A = 0.5 + 0.5*1 = 1, R = 1 + 0.5 = 1.5
+    nan = float("nan")
+    rewards = torch.tensor([[nan, 0.0, nan, 2.0, nan]])
+    values = torch.tensor([[nan, 0.5, nan, 1.0, nan]])
+    mask = torch.tensor([[0, 1, 0, 1, 0]]).bool()
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=0.5)
+    assert torch.equal(advantages, torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0]]))
+    assert torch.equal(returns, torch.tensor([[0.0, 1.5, 0.0, 2.0, 0.0]]))
+
+
+def test_gae_matches_a_loop_and_lambda_one_gives_the_discounted_sum():
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 4, 12, generator=generator)
+    mask = torch.rand(4, 12, generator=generator) < 0.6
+    mask[2] = False
+    for gamma, gae_lambda in [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 0.0)]:
+        advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda)
+        for b in range(4):
+            expected = gae_loop(rewards[b].tolist(), values[b].tolist(), mask[b].tolist(), gamma, gae_lambda)
+            assert advantages[b].tolist() == pytest.approx(expected, abs=1e-5)
+        torch.testing.assert_close(returns, advantages + values * mask)
+    _, returns = gae(rewards, values, mask, gamma=0.9, gae_lambda=1.0)
+    kept = rewards[0][mask[0]].tolist()
+    assert returns[0][mask[0]][0].item() == pytest.approx(
+        sum(0.9**i * r for i, r in enumerate(kept)), abs=1e-5
+    )
+
+
+def test_gae_is_the_same_after_padding_and_reordering():
+    generator = torch.Generator().manual_seed(1)
+    rewards, values = torch.randn(2, 3, 6, generator=generator)
+    mask = torch.rand(3, 6, generator=generator) < 0.7
+    short = gae(rewards, values, mask, gamma=0.9, gae_lambda=0.8)
+    pad = torch.nn.functional.pad
+    padded = (pad(rewards, (2, 3), value=1e9), pad(values, (2, 3), value=1e9), pad(mask, (2, 3)))
+    long = gae(*padded, gamma=0.9, gae_lambda=0.8)
+    order = torch.tensor([2, 0, 1])
+    shuffled = gae(rewards[order], values[order], mask[order], gamma=0.9, gae_lambda=0.8)
+    for a, b, c in zip(short, long, shuffled, strict=True):
+        assert torch.equal(pad(a, (2, 3)), b)
+        assert torch.equal(a[order], c)
+
+
+def test_group_advantages_by_hand():
+    # Prompt 7: rewards 1, 2, 6, mean 3, deviations -2, -1, 3, std = sqrt((4 + 1 + 9) / 2) = sqrt 7.
+    # Leave-one-out baselines: (2+6)/2 = 4, (1+6)/2 = 3.5, (1+2)/2 = 1.5, so rloo gives -3, -1.5, 4.5.
+    # Prompt 3: equal rewards, and prompt 5: alone; both 0.
+    rewards = torch.tensor([1.0, 0.1, 2.0, 0.1, 6.0, 8.0, 0.1])
+    prompts = torch.tensor([7, 3, 7, 3, 7, 5, 3])
+    std = math.sqrt(7) + 1e-6
+    expected = {
+        "grpo": [-2 / std, 0, -1 / std, 0, 3 / std, 0, 0],
+        "dr_grpo": [-2, 0, -1, 0, 3, 0, 0],
+        "reinforce_baseline": [-2, 0, -1, 0, 3, 0, 0],
+        "rloo": [-3, 0, -1.5, 0, 4.5, 0, 0],
+    }
+    assert set(expected) == set(GROUP_KINDS)
+    for kind, values in expected.items():
+        result = group_advantages(rewards, prompts, kind=kind)
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result, torch.tensor(values, dtype=torch.float32))
+        assert (result[[1, 3, 5, 6]] == 0).all()
+
+
+@pytest.mark.parametrize("kind", GROUP_KINDS)
+def test_group_advantages_match_a_loop_in_any_order(kind):
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(40, generator=generator)
+    prompts = torch.randint(-3, 9, (40,), generator=generator)
+    result = group_advantages(rewards, prompts, kind=kind)
+    for i in range(40):
+        group = [rewards[j].item() for j in range(40) if prompts[j] == prompts[i]]
+        r = rewards[i].item()
+        if len(group) == 1:
+            expected = 0.0
+        elif kind == "rloo":
+            expected = r - (sum(group) - r) / (len(group) - 1)
+        else:
+            expected = r - statistics.mean(group)
+            expected /= statistics.stdev(group) + 1e-6 if kind == "grpo" else 1.0
+        assert result[i].item() == pytest.approx(expected, abs=1e-5)
+    order = torch.randperm(40, generator=generator)
+    torch.testing.assert_close(group_advantages(rewards[order], prompts[order], kind=kind), result[order])
+    assert group_advantages(rewards[:0], prompts[:0], kind=kind).shape == (0,)
+
+
+def test_whiten_by_hand():
+    # 1, 3 inside the mask: mean 2, population variance 1, so -1 and 1; with the mean back: 1 and 3.
+    values = torch.tensor([[float("nan"), 1.0, 3.0, 1e9]])
+    mask = torch.tensor([[0, 1, 1, 0]]).bool()
+    torch.testing.assert_close(whiten(values, mask), torch.tensor([[0.0, -1.0, 1.0, 0.0]]))
+    kept = whiten(2 * values, mask, shift_mean=False)  # 2, 6: mean 4, deviations -1 and 1 after scaling
+    torch.testing.assert_close(kept, torch.tensor([[0.0, 3.0, 5.0, 0.0]]))
+    assert masked_moments(values, mask).tolist() == [2.0, 4.0, 10.0]
+    assert torch.equal(whiten(values, torch.zeros_like(mask)), torch.zeros(1, 4))
+    assert whiten(torch.full((1, 3), 0.1), torch.ones(1, 3).bool()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_ranks_whiten_with_the_moments_of_the_global_batch(shift_mean):
+    generator = torch.Generator().manual_seed(0)
+    values = 1000 + torch.randn(6, 8, generator=generator)  # a large mean: float32 squares would lose it
+    mask = torch.rand(6, 8, generator=generator) < 0.5
+    whole = whiten(values, mask, shift_mean=shift_mean)
+    parts = [slice(0, 1), slice(1, 4), slice(4, 6)]
+    moments = sum(masked_moments(values[p], mask[p]) for p in parts)
+    split = torch.cat([whiten(values[p], mask[p], shift_mean=shift_mean, moments=moments) for p in parts])
+    torch.testing.assert_close(split, whole)
+    kept = whole[mask].double()
+    assert kept.std(unbiased=False).item() == pytest.approx(1.0, abs=1e-4)
+    assert kept.mean().item() == pytest.approx(0.0 if shift_mean else values[mask].mean().item(), abs=1e-3)
+
+
+def test_rejects_bad_input():
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3).bool()
+    with pytest.raises(ValueError, match=r"rewards \(2, 3\), values \(2, 2\), action_mask \(2, 3\)"):
+        gae(x, x[:, 1:], mask, gamma=1.0, gae_lambda=1.0)
+    with pytest.raises(ValueError, match="gae_lambda"):
+        gae(x, x, mask, gamma=1.0, gae_lambda=1.5)
+    with pytest.raises(ValueError, match="known: grpo, dr_grpo, rloo, reinforce_baseline"):
+        group_advantages(x[0], torch.zeros(3), kind="ppo")
+    with pytest.raises(ValueError, match=r"prompt_ids \(2,\)"):
+        group_advantages(x[0], torch.zeros(2))
+    with pytest.raises(ValueError, match=r"values \(2, 3\), mask \(2, 2\)"):
+        whiten(x, mask[:, 1:])
+    with pytest.raises(ValueError, match="moments"):
+        whiten(x, mask, moments=torch.zeros(2))
