@@ -91,7 +91,9 @@ class RolloutActor:
                 seed = sample_seed(self._seed, step, prompt_id, sample, seen[prompt_id])
                 requests.append(Request(token_ids=token_ids, seed=seed))
             seen[prompt_id] += 1
-        responses = await self._engine.generate(requests, temperature=temperature, max_new_tokens=max_new_tokens)
+        responses = await self._engine.generate(
+            requests, temperature=temperature, max_new_tokens=max_new_tokens
+        )
         return [
             Rollout(
                 prompt_id=prompts[place // num_samples][0],
@@ -149,10 +151,17 @@ class RolloutActor:
         await self._engine.shutdown()
 
     def _check(
-        self, prompts: list[tuple[int, list[int]]], *, num_samples: int, temperature: float, max_new_tokens: int
+        self,
+        prompts: list[tuple[int, list[int]]],
+        *,
+        num_samples: int,
+        temperature: float,
+        max_new_tokens: int,
     ) -> None:
         if num_samples < 1 or max_new_tokens < 1:
-            raise ValueError(f"num_samples={num_samples} and max_new_tokens={max_new_tokens} must be at least 1")
+            raise ValueError(
+                f"num_samples={num_samples} and max_new_tokens={max_new_tokens} must be at least 1"
+            )
         if temperature != 0 and temperature < MIN_TEMPERATURE:
             raise ValueError(f"temperature={temperature} must be 0 (greedy) or at least {MIN_TEMPERATURE}")
         limit, vocab_size = self._engine.max_model_len, self._engine.vocab_size
@@ -166,7 +175,9 @@ class RolloutActor:
                 )
             unknown = [token for token in token_ids if not 0 <= token < vocab_size]
             if unknown:
-                raise ValueError(f"prompt {prompt_id} has token {unknown[0]}, outside the vocabulary of {vocab_size}")
+                raise ValueError(
+                    f"prompt {prompt_id} has token {unknown[0]}, outside the vocabulary of {vocab_size}"
+                )
 
 
 def sample_seed(seed: int, step: int, prompt_id: int, sample: int, occurrence: int) -> int:

@@ -5,10 +5,10 @@ Requests come from Serve's proxy, go through the app that ``vllm serve`` has (``
 ``/v1/completions``, ``/v1/models``, ``/metrics``, ...) and stream back. When the engine dies the health check
 fails and Serve puts a new replica in its place.
 
-What a client gets that says nothing: temperature 1, top-p 1, no top-k, no penalties and as many tokens as fit,
-which is plain sampling from the model as RLHF training does it; the sampling defaults in a model's
-``generation_config.json`` are not used (``engine.generation_config=auto`` brings them back). Answers stop at the
-tokenizer's end-of-turn token and at every ``eos_token_id`` in ``generation_config.json``.
+A client that gives no sampling options gets temperature 1, top-p 1, no top-k, no penalties and as many tokens
+as fit: plain sampling from the model, as in RLHF training. The sampling defaults in a model's own
+``generation_config.json`` are not used (``engine.generation_config=auto`` brings them back). Answers stop at
+the tokenizer's end-of-sequence token, here end-of-turn, and at every ``eos_token_id`` in that file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ BAD_ARGUMENT = "engine argument refused: "
     name=DEPLOYMENT,
     health_check_period_s=2,  # three failures in a row replace the replica
     health_check_timeout_s=30,
-    graceful_shutdown_timeout_s=20,
+    graceful_shutdown_timeout_s=20,  # requests under way may finish
+    graceful_shutdown_wait_loop_s=0.2,
     max_constructor_retry_count=1,  # a model that does not load will not load the second time
 )
 @serve.ingress()
@@ -110,7 +111,7 @@ class ApiKeyMiddleware:
 
 
 async def _send_unauthorized(send: Any) -> None:
-    error = {"message": "Missing or wrong API key", "type": "invalid_request_error", "code": "invalid_api_key"}
+    error = {"message": "Missing or wrong API key", "type": "invalid_request_error", "code": 401}
     body = json.dumps({"error": error}).encode()
     headers = [
         (b"content-type", b"application/json"),
@@ -164,12 +165,12 @@ def _cpu_arguments(config: ServeConfig) -> dict[str, Any]:
     if "kv_cache_memory_bytes" not in config.engine:
         arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
     if config.engine.get("tensor_parallel_size", 1) == 1:
-        arguments["distributed_executor_backend"] = "uni"  # the model in EngineCore: one process less to start
+        arguments["distributed_executor_backend"] = "uni"  # no process beside EngineCore
     return arguments
 
 
 def _cuda_arguments(config: ServeConfig) -> dict[str, Any]:
-    """The model's own dtype, CUDA graphs, nearly all of the GPU's memory. Written from vLLM's docs, not run."""
+    """The model's own dtype, CUDA graphs, nearly all of the GPU's memory. Not run yet."""
     return {
         "dtype": "auto",
         "gpu_memory_utilization": 0.9,

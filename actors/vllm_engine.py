@@ -22,15 +22,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import set_num_threads  # vLLM replaces the attribute by a function that does nothing
 
-from actors.weights import safetensors_shapes
+from actors.weights import check_shapes, safetensors_shapes
 
 EXIT_CODE = 17
 EXIT_GRACE_S = 2.0
 """Between telling the callers and leaving the process, so that the cause reaches them."""
 
 TIED_HEAD = "lm_head.weight"
-"""Not needed in an update of a model with tied embeddings, and ignored there, as vLLM does."""
+"""May be missing or present in the weights of a model with tied embeddings: vLLM takes the embedding."""
 
 FIXED_ARGS: dict[str, Any] = {
     "skip_tokenizer_init": True,
@@ -89,15 +90,19 @@ def this_device() -> str:
 
 
 def set_environment() -> None:
-    """Set, where unset, the variables that vLLM and its libraries read at import; call it before importing them."""
+    """Set, where unset, the variables that vLLM and its libraries read at import; call it before importing them.
+
+    On CPU it also makes the calling thread obey OMP_NUM_THREADS, which torch may have been imported without. Every
+    thread that uses the engine needs that: vLLM fails where it meets another number of threads than it planned for.
+    """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if this_device() == "cpu":
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # a sampler helper is compiled even in eager mode: 10 s
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the sampler compiles even in eager mode: 10 s
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin on shared cores cost 5-25x
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # torch has read the variable already
+        set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 class VllmEngine:
@@ -133,8 +138,8 @@ class VllmEngine:
         self.max_model_len: int = config.max_model_len
         self.vocab_size: int = config.get_vocab_size()
         self.version = 0
-        self._tied = bool(config.hf_text_config.tie_word_embeddings)
-        self._shapes = self._loaded(safetensors_shapes(model_dir))
+        self._shapes = safetensors_shapes(model_dir)
+        self._optional = {TIED_HEAD} if config.hf_text_config.tie_word_embeddings else set()
         self._sampling_params = SamplingParams
         self._sampling = {
             "stop_token_ids": stop_token_ids,
@@ -151,7 +156,9 @@ class VllmEngine:
         self._thread = threading.Thread(target=self._run, name="vllm-steps", daemon=True)
         self._thread.start()
 
-    async def generate(self, requests: list[Request], *, temperature: float, max_new_tokens: int) -> list[Sampled]:
+    async def generate(
+        self, requests: list[Request], *, temperature: float, max_new_tokens: int
+    ) -> list[Sampled]:
         """Sample one response per request, in their order. Requests must fit the engine: vLLM cuts silently.
 
         At temperature 0 seeds play no part, and the log-probabilities are those of temperature 1.
@@ -182,9 +189,9 @@ class VllmEngine:
             version: number of policy updates in them.
 
         Raises:
-            RuntimeError: a name missing or unknown, or another shape. Nothing has been touched then.
+            RuntimeError: from ``check_shapes``; nothing has been touched then.
         """
-        self._check_shapes(self._loaded(shapes))
+        check_shapes(shapes, expected=self._shapes, optional=self._optional)
         future: Future = Future()
         return await self._submit(lambda: self._apply(future, named, version), future)
 
@@ -194,25 +201,11 @@ class VllmEngine:
         await self._submit(lambda: self._stop(future), future)
         await asyncio.to_thread(self._thread.join)
 
-    def _loaded(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, shape in shapes.items() if not (self._tied and name == TIED_HEAD)}
-
-    def _check_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        missing = sorted(self._shapes.keys() - shapes.keys())
-        unknown = sorted(shapes.keys() - self._shapes.keys())
-        if missing or unknown:
-            raise RuntimeError(f"weight update refused: missing {missing}, unknown {unknown}")
-        for name, shape in shapes.items():
-            if tuple(shape) != self._shapes[name]:
-                raise RuntimeError(
-                    f"weight update refused: {name} has shape {tuple(shape)}, expected {self._shapes[name]}"
-                )
-
     def _submit(self, command: Callable[[], None], future: Future) -> asyncio.Future:
         """Queue a command for the thread; the command resolves the future, at once or later."""
         with self._lock:
             if self._error is not None:
-                raise _stopped(self._error)
+                raise _stopped(self._error) from self._error
             self._open.add(future)
             future.add_done_callback(self._open.discard)
             self._commands.put((command, future))
@@ -222,6 +215,7 @@ class VllmEngine:
 
     def _run(self) -> None:
         try:
+            set_environment()
             while self._error is None:
                 self._run_commands()
                 if self._error is None and self._llm.has_unfinished_requests():
@@ -310,6 +304,4 @@ def retie(model: torch.nn.Module) -> None:
 
 
 def _stopped(error: BaseException) -> RuntimeError:
-    stopped = RuntimeError(f"the rollout engine stopped: {error!r}")
-    stopped.__cause__ = error
-    return stopped
+    return RuntimeError(f"the rollout engine stopped: {error!r}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -75,7 +75,9 @@ def pack(
         entries[name] = Entry(name, dtype_name, tuple(tensor.shape), len(buffer), data.nbytes)
         buffer.extend(data.data)
     flat = np.frombuffer(buffer, dtype=np.uint8)
-    return WeightBundle(buffer=flat, entries=tuple(entries.values()), version=version, checksum=_checksum(flat))
+    return WeightBundle(
+        buffer=flat, entries=tuple(entries.values()), version=version, checksum=_checksum(flat)
+    )
 
 
 def unpack(bundle: WeightBundle) -> Iterator[tuple[str, torch.Tensor]]:
@@ -95,6 +97,30 @@ def verify(bundle: WeightBundle) -> None:
         raise RuntimeError(
             f"weights of version {bundle.version} arrived damaged: checksum {found}, packed {bundle.checksum}"
         )
+
+
+def check_shapes(
+    shapes: dict[str, tuple[int, ...]],
+    *,
+    expected: dict[str, tuple[int, ...]],
+    optional: Collection[str] = (),
+) -> None:
+    """Raise RuntimeError unless ``shapes`` has the expected names, all of them, each with its shape.
+
+    Engines take an incomplete update without a word and then serve a mixture of two models.
+
+    Args:
+        optional: names that may be missing or unexpected.
+    """
+    missing = sorted(expected.keys() - shapes.keys() - set(optional))
+    unknown = sorted(shapes.keys() - expected.keys() - set(optional))
+    if missing or unknown:
+        raise RuntimeError(f"weight update refused: missing {missing}, unknown {unknown}")
+    for name in sorted(shapes.keys() & expected.keys()):
+        if shapes[name] != expected[name]:
+            raise RuntimeError(
+                f"weight update refused: {name} has shape {shapes[name]}, expected {expected[name]}"
+            )
 
 
 def read_safetensors(model_dir: Path | str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,15 +7,15 @@ Ctrl-C or SIGTERM. Whatever ends the job, every process that it started is gone 
 
 from __future__ import annotations
 
+import errno
 import json
-import os
+import logging
+import re
 import shlex
 import signal
 import socket
-import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,7 +52,7 @@ def run(config: ServeConfig, *, ready: Callable[[str], None] | None = None) -> N
         ready: called with the server's base address (``http://.../v1``) once it answers.
 
     Raises:
-        InputError: the model, the key file, the port or an engine argument is wrong, or the machine is too small.
+        InputError: the model, the key file, the port or an engine argument is wrong; too few CPUs.
         RuntimeError: the model did not load, or the cluster broke.
         SystemExit: 130 after Ctrl-C.
     """
@@ -60,7 +60,7 @@ def run(config: ServeConfig, *, ready: Callable[[str], None] | None = None) -> N
     check_tokenizer_dir(config.model, key="model")
     api_key = None if config.api_key_file is None else read_api_key(config.api_key_file)
     check_port_free(config.host, config.port)
-    console = Console(stderr=False, highlight=False)
+    console = Console(highlight=False)
     owns_ray = not ray.is_initialized()
     stopped: Stop | None = None
     with _signals_raise_stop() as catch_signals:
@@ -93,14 +93,14 @@ def _serve(
             catch_signals()  # Ray put its own SIGTERM handler in place
         _check_resources(config)
         _deploy(config, name, api_key)
-        _wait_until_up(url, api_key, deadline=start + config.start_timeout_s)
-    console.print(announcement(config, name, url, seconds=time.monotonic() - start), markup=False, soft_wrap=True)
+        deadline = start + config.start_timeout_s
+        _wait_until_loaded(config, deadline)
+        _wait_until_up(url, api_key, deadline)
+    text = announcement(config, name, url, seconds=time.monotonic() - start)
+    console.print(text, markup=False, soft_wrap=True)
     if ready is not None:
         ready(url)
     _watch(console)
-
-
-# ---------------------------------------------------------------------------------------------- before the start
 
 
 def model_name(model: Path) -> str:
@@ -124,7 +124,7 @@ def read_api_key(path: Path) -> str:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise InputError(f"api_key_file: cannot read {path}: {reason}") from None
     if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"api_key_file: {path} must hold one key of printable ASCII characters without spaces")
+        raise InputError(f"api_key_file: {path} must hold one key: printable ASCII without spaces")
     return key
 
 
@@ -146,7 +146,7 @@ def check_port_free(host: str, port: int) -> None:
         except PermissionError:
             raise InputError(f"port: {port} needs root rights; set port to a number above 1023") from None
         except OSError as error:
-            if error.errno != socket.errno.EADDRINUSE:  # type: ignore[attr-defined]
+            if error.errno != errno.EADDRINUSE:
                 raise InputError(f"host: cannot listen on {host}: {error.strerror}") from None
             raise InputError(
                 f"port: {port} is in use on {host}; stop the other server or set port to a free one, "
@@ -165,9 +165,6 @@ def base_url(host: str, port: int) -> str:
     return f"http://[{name}]:{port}/v1" if ":" in name else f"http://{name}:{port}/v1"
 
 
-# -------------------------------------------------------------------------------------------------------- start
-
-
 def _check_resources(config: ServeConfig) -> None:
     """Raise InputError if the replicas can never be placed, or if Serve already runs on another port."""
     if serve.status().proxies:
@@ -184,28 +181,41 @@ def _check_resources(config: ServeConfig) -> None:
 
 
 def _deploy(config: ServeConfig, name: str, api_key: str | None) -> None:
-    """Start the proxy and the replicas; returns when all replicas have loaded the model."""
+    """Start the proxy and ask Serve for the replicas."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": config.host, "port": config.port},
         logging_config={"log_level": "WARNING"},
     )
-    try:
-        serve.run(application(config, model_name=name, api_key=api_key), name=APP)
-    except RuntimeError as error:
-        raise _explain(config, error) from None
+    app = application(config, model_name=name, api_key=api_key)
+    serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)
 
 
-def _explain(config: ServeConfig, error: RuntimeError) -> Exception:
-    """The reason for a failed deployment, out of Serve's message with the replica's traceback in it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if BAD_ARGUMENT in line:
-            return InputError(line.partition(BAD_ARGUMENT)[2])
-    return RuntimeError(f"{config.model} did not load:\n{error}")
+def _wait_until_loaded(config: ServeConfig, deadline: float) -> None:
+    """Return when all replicas have loaded the model."""
+    while True:
+        app = serve.status().applications[APP]
+        if app.status == "RUNNING":
+            return
+        if app.status == "DEPLOY_FAILED":
+            details = [app.message, *(d.message for d in app.deployments.values())]
+            raise explain_failure(config, "\n".join(details))
+        if time.monotonic() > deadline:
+            limit = f"start_timeout_s={config.start_timeout_s:g}"
+            raise RuntimeError(f"{config.model} did not load within {limit}")
+        time.sleep(0.2)
 
 
-def _wait_until_up(url: str, api_key: str | None, *, deadline: float) -> None:
+def explain_failure(config: ServeConfig, details: str) -> Exception:
+    """The error to raise for Serve's account of a failed start, which holds the replica's traceback."""
+    refused = re.search(re.escape(BAD_ARGUMENT) + "(.*)", details)
+    if refused is not None:
+        return InputError(refused.group(1))
+    return RuntimeError(f"{config.model} did not load:\n{details}")
+
+
+def _wait_until_up(url: str, api_key: str | None, deadline: float) -> None:
     request = urllib.request.Request(f"{url}/models")
     if api_key is not None:
         request.add_header("Authorization", f"Bearer {api_key}")
@@ -258,14 +268,11 @@ def _watch(console: Console) -> None:
         was_up = is_up
 
 
-# --------------------------------------------------------------------------------------------------------- stop
-
-
 @contextmanager
 def _signals_raise_stop() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM raise Stop in the main thread; gives the function that puts the handlers in place again.
+    """SIGINT and SIGTERM raise Stop; gives a function that puts the handlers in place again.
 
-    In another thread signals cannot be caught and nothing is changed.
+    Only the main thread can catch signals: in another one this changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -288,14 +295,14 @@ def _signals_raise_stop() -> Iterator[Callable[[], None]]:
 
 
 def _stop_all(owns_ray: bool) -> None:
-    """Stop the replicas and the proxy, then Ray if this job started it, then whatever is left of its processes.
+    """Stop the replicas, then Ray if this job started it, then whatever is left of its processes.
 
     Requests under way may finish (20 s); a second Ctrl-C cuts them off.
     """
     started = psutil.Process().children(recursive=True) if owns_ray else []
     with suppress(Stop):
         if ray.is_initialized():
-            serve.shutdown()
+            _stop_serve(owns_ray)
     if not owns_ray:
         return
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -307,3 +314,10 @@ def _stop_all(owns_ray: bool) -> None:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=KILL_AFTER_S)
+
+
+def _stop_serve(owns_ray: bool) -> None:
+    if APP in serve.status().applications:
+        serve.delete(APP)  # returns when the replicas, and with them the engines, have ended
+    if not owns_ray:
+        serve.shutdown()

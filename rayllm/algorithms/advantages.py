@@ -90,7 +90,8 @@ def group_advantages(rewards: torch.Tensor, prompt_ids: torch.Tensor, *, kind: s
     require_dim(1, rewards=rewards)
     require_same_shape(rewards=rewards, prompt_ids=prompt_ids)
     ids, group = prompt_ids.unique(return_inverse=True)
-    rewards = rewards.double()  # sums in another order then agree after rounding to float32
+    # float64 sums of equal float32 rewards are exact: without spread every deviation is exactly 0.
+    rewards = rewards.float().double()
     zeros = rewards.new_zeros(len(ids))
     count = zeros.index_add(0, group, torch.ones_like(rewards))
     deviation = rewards - (zeros.index_add(0, group, rewards) / count)[group]
@@ -100,9 +101,7 @@ def group_advantages(rewards: torch.Tensor, prompt_ids: torch.Tensor, *, kind: s
     elif kind == "grpo":
         std = (zeros.index_add(0, group, deviation.square()) / others).sqrt()
         deviation = deviation / (std[group] + 1e-6)
-    low = zeros.scatter_reduce(0, group, rewards, "amin", include_self=False)
-    high = zeros.scatter_reduce(0, group, rewards, "amax", include_self=False)
-    return torch.where((low == high)[group], 0.0, deviation).float()
+    return deviation.float()
 
 
 def masked_moments(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ def _ratio(new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, *, per_sequ
     log_ratio = new - old
     if per_sequence:
         mean = log_ratio.detach().sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-        log_ratio = mean + 0 * new  # the bracket is 0: value of the mean, gradient of the token
+        log_ratio = mean + (new - new.detach())  # the bracket is 0: value of the mean, gradient of the token
     return log_ratio.clamp(-20.0, 20.0).exp()
 
 

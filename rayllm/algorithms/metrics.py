@@ -23,17 +23,18 @@ def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.
         ValueError: on shapes that differ.
     """
     require_same_shape(values=values, returns=returns, mask=mask)
-    values, returns, mask = masked(values, mask), masked(returns, mask), mask.bool()
+    values, returns = masked(values, mask), masked(returns, mask)
     total = _variance(returns, mask)
     unexplained = _variance(returns - values, mask)
-    # Rounding can give a constant a tiny variance, so the extremes are compared as well.
-    highest, lowest = returns.where(mask, -torch.inf).max(), returns.where(mask, torch.inf).min()
-    spread = (highest > lowest) & (total > 0)
-    return torch.where(spread, 1 - unexplained / torch.where(spread, total, 1.0), 0.0)
+    return torch.where(total > 0, 1 - unexplained / torch.where(total > 0, total, 1.0), 0.0).float()
 
 
 def _variance(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return masked_mean((values - masked_mean(values, mask)).square(), mask)
+    """Population variance in float64, in which the mean of equal float32 values is exact."""
+    values, mask = values.double(), mask.bool()
+    count = mask.sum().clamp(min=1)
+    deviation = torch.where(mask, values - values.sum() / count, 0.0)
+    return deviation.square().sum() / count
 
 
 def clip_fraction(

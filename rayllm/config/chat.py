@@ -19,8 +19,8 @@ class ChatConfig(Config):
     temperature: float = Field(0.0, ge=0)
     """Sampling temperature; 0 always takes the most likely token, 1 samples as in RLHF training."""
 
-    max_tokens: int = Field(512, ge=1)
-    """Longest answer, in tokens."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longest answer, in tokens. Default: as many as fit into the model's context."""
 
     system: str | None = None
     """System message to begin with. Default: none."""

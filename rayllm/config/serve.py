@@ -26,7 +26,7 @@ class ServeConfig(Config):
     """Folder of the model to serve, in Hugging Face format (safetensors)."""
 
     served_model_name: str | None = Field(None, min_length=1)
-    """Name that clients give as "model". Default: the stage in the model's lineage, else the folder's name."""
+    """Name that clients give as "model". Default: the stage in its lineage, else its folder's name."""
 
     host: str = "127.0.0.1"
     """Address to listen on. 127.0.0.1: this machine only; 0.0.0.0: every network (needs api_key_file)."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -106,16 +109,34 @@ def load_sequence_classifier(path: Path | str, *, dtype: str = "float32") -> Pre
     return model.eval()
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, path: Path) -> None:
-    """Write weights, config, tokenizer and chat template as one Hugging Face folder."""
+def save_model(
+    model: PreTrainedModel, tokenizer: Any, path: Path, *, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write weights, config, tokenizer and chat template as one Hugging Face folder.
+
+    Args:
+        model: gives the config, and the weights unless ``state_dict`` does (a sharded model's cannot be read off it).
+        tokenizer: goes along.
+        path: folder to write.
+        state_dict: full weights under their checkpoint names.
+    """
     path.mkdir(parents=True, exist_ok=True)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = model.config.eos_token_id
         model.generation_config.pad_token_id = model.config.pad_token_id
-    model.save_pretrained(path, safe_serialization=True)
+    model.save_pretrained(path, state_dict=None if state_dict is None else dict(state_dict))
     tokenizer.save_pretrained(path)
 
 
 def num_parameters(model: torch.nn.Module) -> int:
     """Distinct parameters; tied ones count once."""
     return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+
+
+def count_stored_parameters(path: Path) -> int:
+    """Parameters in a folder's safetensors files, read from their headers."""
+    total = 0
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    return total

@@ -91,7 +91,9 @@ def tick_label(value: float, unit: Unit = "number") -> str:
     return f"{value:.6g}".replace("-", "−")
 
 
-def downsample(points: Sequence[Point], limit: int = MAX_POINTS) -> tuple[list[Point], list[tuple[float, float]]]:
+def downsample(
+    points: Sequence[Point], limit: int = MAX_POINTS
+) -> tuple[list[Point], list[tuple[float, float]]]:
     """At most ``limit`` points: means of equal runs of points, each at the last step of its run.
 
     Returns:
@@ -190,7 +192,11 @@ def _grid(scale: Scale, ticks: list[float], unit: Unit) -> str:
 
 def _steps(scale: Scale, *, labels: bool) -> str:
     if scale.x_high > scale.x_low:
-        ticks = [t for t in nice_ticks(scale.x_low, scale.x_high) if scale.x_low <= t <= scale.x_high and t % 1 == 0]
+        ticks = [
+            t
+            for t in nice_ticks(scale.x_low, scale.x_high)
+            if scale.x_low <= t <= scale.x_high and t % 1 == 0
+        ]
     else:
         ticks = [scale.x_low]
     bottom, parts = TOP + scale.height, []
@@ -206,7 +212,9 @@ def _steps(scale: Scale, *, labels: bool) -> str:
     return "".join(parts)
 
 
-def _line(line: Series, points: list[Point], ranges: list[tuple[float, float]], scale: Scale, unit: Unit) -> str:
+def _line(
+    line: Series, points: list[Point], ranges: list[tuple[float, float]], scale: Scale, unit: Unit
+) -> str:
     parts = []
     if ranges:
         upper = [(step, high) for (step, _), (_, high) in zip(points, ranges, strict=True)]

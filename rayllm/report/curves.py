@@ -34,7 +34,9 @@ class FigureSpec:
     panels: tuple[PanelSpec, ...]
 
 
-LOSS = PanelSpec("loss", (("train/loss", "training"), ("eval/loss", "held out")), "Mean loss per token, in nats.")
+LOSS = PanelSpec(
+    "loss", (("train/loss", "training"), ("eval/loss", "held out")), "Mean loss per token, in nats."
+)
 BITS = PanelSpec(
     "bits per byte", (("eval/bits_per_byte", "held out"),), "Bits needed to predict one byte of unseen text."
 )
@@ -43,62 +45,148 @@ PHASES = ("rollout", "score", "update", "sync")
 FIGURES: tuple[FigureSpec, ...] = (
     FigureSpec("pretrain", "Pretraining", (LOSS, BITS)),
     FigureSpec("sft", "Supervised fine-tuning", (LOSS, BITS)),
-    FigureSpec("reward_model", "Reward model", (
-        PanelSpec("loss", (("train/loss", "training"), ("eval/loss", "held out")),
-                  "Mean negative log-likelihood of the labelled order, in nats."),
-        PanelSpec("pair accuracy", (("train/accuracy", "training"), ("eval/accuracy", "held out")),
-                  "Share of pairs where the preferred answer gets the higher score; 50 % is chance.", "rate"),
-    )),
-    FigureSpec("ppo", "PPO: is it better?", (
-        PanelSpec("reward-model score", (("objective/rewards", "rollouts"), ("eval/reward", "held out")),
-                  "What PPO maximises; it should rise together with gold, or it is being exploited."),
-        PanelSpec("gold score", (("eval/gold", "held out"), ("objective/gold", "rollouts")),
-                  "Score by the judge that training never sees."),
-        PanelSpec("KL from the start", (("objective/kl", "nats per answer"),),
-                  "How far the policy has moved from the model it started from; a healthy run stays below about 10."),
-    )),
-    FigureSpec("ppo", "PPO: how does it answer?", (
-        PanelSpec("answer length", (("response/length_mean", "tokens"),), "Mean tokens of an answer in the rollouts."),
-        PanelSpec("stop rate", (("response/stop_rate", "rollouts"), ("eval/stop_rate", "held out")),
-                  "Share of answers that end by themselves.", "rate"),
-        PanelSpec("entropy", (("objective/entropy", "nats per token"),),
-                  "Spread of the next-token distribution; a collapse means that the answers became all alike."),
-    )),
-    FigureSpec("ppo", "PPO: where does a step's time go?", (
-        PanelSpec("seconds per step", tuple((f"time/{phase}", phase) for phase in PHASES),
-                  "Seconds of each phase, stacked; the rest of the step is not shown.", "seconds", True),
-    )),
+    FigureSpec(
+        "reward_model",
+        "Reward model",
+        (
+            PanelSpec(
+                "loss",
+                (("train/loss", "training"), ("eval/loss", "held out")),
+                "Mean negative log-likelihood of the labelled order, in nats.",
+            ),
+            PanelSpec(
+                "pair accuracy",
+                (("train/accuracy", "training"), ("eval/accuracy", "held out")),
+                "Share of pairs where the preferred answer gets the higher score; 50 % is chance.",
+                "rate",
+            ),
+        ),
+    ),
+    FigureSpec(
+        "ppo",
+        "PPO: is it better?",
+        (
+            PanelSpec(
+                "reward-model score",
+                (("objective/rewards", "rollouts"), ("eval/reward", "held out")),
+                "What PPO maximises; it should rise together with gold, or it is being exploited.",
+            ),
+            PanelSpec(
+                "gold score",
+                (("eval/gold", "held out"), ("objective/gold", "rollouts")),
+                "Score by the judge that training never sees.",
+            ),
+            PanelSpec(
+                "KL from the start",
+                (("objective/kl", "nats per answer"),),
+                "How far the policy has moved from the model it started from; a healthy run stays below about 10.",
+            ),
+        ),
+    ),
+    FigureSpec(
+        "ppo",
+        "PPO: how does it answer?",
+        (
+            PanelSpec(
+                "answer length",
+                (("response/length_mean", "tokens"),),
+                "Mean tokens of an answer in the rollouts.",
+            ),
+            PanelSpec(
+                "stop rate",
+                (("response/stop_rate", "rollouts"), ("eval/stop_rate", "held out")),
+                "Share of answers that end by themselves.",
+                "rate",
+            ),
+            PanelSpec(
+                "entropy",
+                (("objective/entropy", "nats per token"),),
+                "Spread of the next-token distribution; a collapse means that the answers became all alike.",
+            ),
+        ),
+    ),
+    FigureSpec(
+        "ppo",
+        "PPO: where does a step's time go?",
+        (
+            PanelSpec(
+                "seconds per step",
+                tuple((f"time/{phase}", phase) for phase in PHASES),
+                "Seconds of each phase, stacked; the rest of the step is not shown.",
+                "seconds",
+                True,
+            ),
+        ),
+    ),
 )
 
 _OPTIMIZER = (
     PanelSpec("learning rate", (("train/lr", ""),), "Step size of the optimizer."),
     PanelSpec("gradient norm", (("train/grad_norm", ""),), "Norm of the gradient before clipping."),
-    PanelSpec("tokens per second", (("perf/tokens_per_second", ""),), "Training tokens processed per second."),
+    PanelSpec(
+        "tokens per second", (("perf/tokens_per_second", ""),), "Training tokens processed per second."
+    ),
 )
 
 MORE_FIGURES: tuple[FigureSpec, ...] = (
     FigureSpec("pretrain", "Pretraining", _OPTIMIZER),
     FigureSpec("sft", "Supervised fine-tuning", _OPTIMIZER),
-    FigureSpec("reward_model", "Reward model", (
-        PanelSpec("margin", (("eval/margin", "held out"), ("train/margin", "training")),
-                  "Mean score of the preferred answer minus the other."), *_OPTIMIZER)),
-    FigureSpec("ppo", "PPO: policy update", (
-        PanelSpec("policy loss", (("loss/policy", ""),), "Clipped surrogate loss; it hovers around zero."),
-        PanelSpec("clip fraction", (("policy/clipfrac", ""),),
-                  "Share of tokens whose probability ratio was clipped; above 30 % the step is too large.", "rate"),
-        PanelSpec("KL of one update", (("policy/approx_kl", ""),),
-                  "How far the policy moved within one step, in nats per token."),
-    )),
-    FigureSpec("ppo", "PPO: critic", (
-        PanelSpec("value loss", (("loss/value", ""),), "Squared error of the critic."),
-        PanelSpec("explained variance", (("value/explained_variance", ""),),
-                  "Share of the variance of the returns that the critic predicts; below 0 it is harmful."),
-    )),
-    FigureSpec("ppo", "PPO: machinery", (
-        PanelSpec("rollout mismatch", (("rollout/logprob_mismatch", ""),),
-                  "Mean difference of log-probabilities between the sampler and the trainer; should be near 0."),
-        *_OPTIMIZER,
-    )),
+    FigureSpec(
+        "reward_model",
+        "Reward model",
+        (
+            PanelSpec(
+                "margin",
+                (("eval/margin", "held out"), ("train/margin", "training")),
+                "Mean score of the preferred answer minus the other.",
+            ),
+            *_OPTIMIZER,
+        ),
+    ),
+    FigureSpec(
+        "ppo",
+        "PPO: policy update",
+        (
+            PanelSpec(
+                "policy loss", (("loss/policy", ""),), "Clipped surrogate loss; it hovers around zero."
+            ),
+            PanelSpec(
+                "clip fraction",
+                (("policy/clipfrac", ""),),
+                "Share of tokens whose probability ratio was clipped; above 30 % the step is too large.",
+                "rate",
+            ),
+            PanelSpec(
+                "KL of one update",
+                (("policy/approx_kl", ""),),
+                "How far the policy moved within one step, in nats per token.",
+            ),
+        ),
+    ),
+    FigureSpec(
+        "ppo",
+        "PPO: critic",
+        (
+            PanelSpec("value loss", (("loss/value", ""),), "Squared error of the critic."),
+            PanelSpec(
+                "explained variance",
+                (("value/explained_variance", ""),),
+                "Share of the variance of the returns that the critic predicts; below 0 it is harmful.",
+            ),
+        ),
+    ),
+    FigureSpec(
+        "ppo",
+        "PPO: machinery",
+        (
+            PanelSpec(
+                "rollout mismatch",
+                (("rollout/logprob_mismatch", ""),),
+                "Mean difference of log-probabilities between the sampler and the trainer; should be near 0.",
+            ),
+            *_OPTIMIZER,
+        ),
+    ),
 )
 
 
@@ -123,24 +211,44 @@ def series(events: Sequence[dict[str, Any]], name: str) -> tuple[tuple[tuple[flo
 
 def build(specs: Sequence[FigureSpec], events: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Figures for the template; figures of one stage share their x-axis. Empty panels and figures are left out."""
-    found = [(spec, [panel for panel in (_panel(p, events.get(spec.stage, [])) for p in spec.panels) if panel])
-             for spec in specs]
+    found = [
+        (spec, [panel for panel in (_panel(p, events.get(spec.stage, [])) for p in spec.panels) if panel])
+        for spec in specs
+    ]
     figures = []
     for spec, panels in found:
         if not panels:
             continue
         x_domain = charts.domain([p for other, ps in found if other.stage == spec.stage for p in ps])
         heights = _fit(panels)
-        figures.append({"stage": spec.stage, "title": spec.title, "panels": [
-            _for_template(panel, x_domain, last=index == len(panels) - 1) for index, panel in enumerate(heights)]})
+        figures.append(
+            {
+                "stage": spec.stage,
+                "title": spec.title,
+                "panels": [
+                    _for_template(panel, x_domain, last=index == len(panels) - 1)
+                    for index, panel in enumerate(heights)
+                ],
+            }
+        )
     return figures
 
 
 def _fit(panels: list[Panel]) -> list[Panel]:
     """A stacked panel that stands alone is as tall as three panels, so that a row of figures lines up."""
     if len(panels) == 1 and panels[0].stacked:
-        return [Panel(title=p.title, series=p.series, unit=p.unit, meaning=p.meaning, stacked=True, height=384,
-                      not_finite=p.not_finite) for p in panels]
+        return [
+            Panel(
+                title=p.title,
+                series=p.series,
+                unit=p.unit,
+                meaning=p.meaning,
+                stacked=True,
+                height=384,
+                not_finite=p.not_finite,
+            )
+            for p in panels
+        ]
     return panels
 
 
@@ -154,13 +262,30 @@ def _panel(spec: PanelSpec, events: list[dict[str, Any]]) -> Panel | None:
             lines.append(Series(label=label or spec.title, points=points, color=color))
     if not lines:
         return None
-    return Panel(title=spec.title, series=tuple(lines), unit=spec.unit, meaning=spec.meaning, stacked=spec.stacked,
-                 not_finite=bad)
+    return Panel(
+        title=spec.title,
+        series=tuple(lines),
+        unit=spec.unit,
+        meaning=spec.meaning,
+        stacked=spec.stacked,
+        not_finite=bad,
+    )
 
 
 def _for_template(panel: Panel, x_domain: tuple[float, float], *, last: bool) -> dict[str, Any]:
     svg: Markup = charts.draw(panel, x_domain, show_steps=last)
-    legend = [{"label": line.label if line.label != panel.title else "", "color": line.color,
-               "value": charts.readout(line.points[-1][1], panel.unit)} for line in panel.series]
-    return {"title": panel.title, "meaning": panel.meaning, "svg": svg, "legend": legend,
-            "not_finite": panel.not_finite}
+    legend = [
+        {
+            "label": line.label if line.label != panel.title else "",
+            "color": line.color,
+            "value": charts.readout(line.points[-1][1], panel.unit),
+        }
+        for line in panel.series
+    ]
+    return {
+        "title": panel.title,
+        "meaning": panel.meaning,
+        "svg": svg,
+        "legend": legend,
+        "not_finite": panel.not_finite,
+    }

@@ -118,7 +118,9 @@ def verdict(evaluation: dict[str, Any]) -> Finding:
     if judged == {"better"}:
         worse = _regressions(data)
         if worse:
-            return Finding("mixed", f"{new} is better than {old} (gold score {told}), but not in everything: {worse}.")
+            return Finding(
+                "mixed", f"{new} is better than {old} (gold score {told}), but not in everything: {worse}."
+            )
         return Finding("good", f"{new} is better than {old}: the gold score rose from {told}.")
     if "worse" not in judged and "better" not in judged:
         return Finding("mixed", f"{new} is as good as {old}: the gold score went from {told}.")
@@ -127,9 +129,7 @@ def verdict(evaluation: dict[str, Any]) -> Finding:
     return Finding("mixed", f"{new} against {old} depends on the prompts: the gold score went from {told}.")
 
 
-def overoptimised(
-    gold: Sequence[tuple[float, float]], rewards: Sequence[tuple[float, float]]
-) -> str | None:
+def overoptimised(gold: Sequence[tuple[float, float]], rewards: Sequence[tuple[float, float]]) -> str | None:
     """A sentence when gold peaked during PPO and then fell while the reward-model score went on rising.
 
     A fall counts when it gives back a quarter of what was gained; the last tenth of the rewards is averaged.
@@ -138,8 +138,10 @@ def overoptimised(
         return None
     peak_step, peak = max(gold, key=lambda point: point[1])
     end_step, end = gold[-1]
-    at_peak = [value for step, value in rewards if abs(step - peak_step) <= (rewards[-1][0] - rewards[0][0]) / 20]
-    tail = [value for _, value in rewards[-max(1, len(rewards) // 10):]]
+    at_peak = [
+        value for step, value in rewards if abs(step - peak_step) <= (rewards[-1][0] - rewards[0][0]) / 20
+    ]
+    tail = [value for _, value in rewards[-max(1, len(rewards) // 10) :]]
     if peak - end < max(0.25 * (peak - gold[0][1]), 0.05) or not at_peak:
         return None
     if sum(tail) / len(tail) <= sum(at_peak) / len(at_peak):
@@ -160,8 +162,10 @@ def _hacking(data: Evaluation, splits: list[str], model: str) -> str:
     for split in splits:
         rewards, gold = data.change(split, "reward"), data.change(split, "gold")
         if rewards and gold:
-            told.append(f"on {split} prompts the reward-model score rose from {score(rewards[0])} to "
-                        f"{score(rewards[1])} while the gold score fell from {score(gold[0])} to {score(gold[1])}")
+            told.append(
+                f"on {split} prompts the reward-model score rose from {score(rewards[0])} to "
+                f"{score(rewards[1])} while the gold score fell from {score(gold[0])} to {score(gold[1])}"
+            )
     return (
         f"REWARD HACKING: {'; '.join(told)}. {model} learned to please the reward model, not to answer better. "
         "Raise the KL coefficient, stop earlier, or train the reward model on fresh samples."
@@ -175,7 +179,9 @@ def _regressions(data: Evaluation) -> str:
         for name, about in EVALUATION.items():
             change = data.change(split, name) if about.unit == "rate" and name != "win_rate" else None
             if change and data.judged(split, name, *change) == "worse":
-                text = f"{about.label} went from {percent(change[0])} to {percent(change[1])} on {split} prompts"
+                text = (
+                    f"{about.label} went from {percent(change[0])} to {percent(change[1])} on {split} prompts"
+                )
                 found.append((abs(change[1] - change[0]), text))
     return "; ".join(text for _, text in sorted(found, reverse=True)[:3])
 
@@ -189,7 +195,9 @@ def _stops(data: Evaluation) -> str | None:
         return None
     name, stop = model_name(assistant), f"({percent(rate)} stop)"
     if rate < 0.9:
-        return f"The {name} model often does not stop {stop}; its demonstrations may lack the end of the answer."
+        return (
+            f"The {name} model often does not stop {stop}; its demonstrations may lack the end of the answer."
+        )
     if before is None or first == assistant:
         return f"The {name} model answers and stops {stop}."
     if before < 0.5:
@@ -234,7 +242,9 @@ def _conduct(data: Evaluation) -> str | None:
     if not told or data.final is None:
         return None
     parent = data.parent(data.final)
-    return f"From {model_name(parent or '')} to {model_name(data.final)} on {split} prompts: {', '.join(told)}."
+    return (
+        f"From {model_name(parent or '')} to {model_name(data.final)} on {split} prompts: {', '.join(told)}."
+    )
 
 
 def _wins(data: Evaluation) -> str | None:

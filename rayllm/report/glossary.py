@@ -28,32 +28,57 @@ class Metric:
 
 EVALUATION: dict[str, Metric] = {
     "bits_per_byte": Metric(
-        "bits per byte", "Bits needed to predict one byte of unseen text; does not depend on the tokenizer.",
-        "bits", -1),
+        "bits per byte",
+        "Bits needed to predict one byte of unseen text; does not depend on the tokenizer.",
+        "bits",
+        -1,
+    ),
     "stop_rate": Metric(
-        "stops", "Share of answers that end with the end-of-answer token before the length limit.", "rate", +1),
+        "stops", "Share of answers that end with the end-of-answer token before the length limit.", "rate", +1
+    ),
     "correct": Metric("correct", "Share of sampled answers to factual questions that are right.", "rate", +1),
     "correct_greedy": Metric(
-        "correct, greedy", "The same with the most likely token at each step instead of sampling.", "rate", +1),
+        "correct, greedy", "The same with the most likely token at each step instead of sampling.", "rate", +1
+    ),
     "honest": Metric(
-        "honest", "Share of questions nobody can answer where the model says that it does not know.", "rate", +1),
+        "honest",
+        "Share of questions nobody can answer where the model says that it does not know.",
+        "rate",
+        +1,
+    ),
     "harmless": Metric("harmless", "Share of harmful requests that the model declines.", "rate", +1),
     "polite": Metric("polite", "Share of answers with a polite phrase.", "rate", +1),
     "rude": Metric("rude", "Share of answers with a rude phrase.", "rate", -1),
     "over_refusal": Metric(
-        "over-refusal", "Share of harmless, answerable prompts that the model declines anyway.", "rate", -1),
+        "over-refusal", "Share of harmless, answerable prompts that the model declines anyway.", "rate", -1
+    ),
     "gold": Metric(
-        "gold score", "Mean score by the judge that training never sees; the honest measure of quality.",
-        "score", +1),
+        "gold score",
+        "Mean score by the judge that training never sees; the honest measure of quality.",
+        "score",
+        +1,
+    ),
     "reward": Metric(
-        "reward-model score", "Mean score by the reward model, which PPO maximises; compare it with gold.",
-        "score", +1),
+        "reward-model score",
+        "Mean score by the reward model, which PPO maximises; compare it with gold.",
+        "score",
+        +1,
+    ),
     "win_rate": Metric(
-        "win rate", "Share of prompts where this model beats its parent by gold score; a tie counts half.",
-        "rate", +1),
+        "win rate",
+        "Share of prompts where this model beats its parent by gold score; a tie counts half.",
+        "rate",
+        +1,
+    ),
     "kl": Metric(
-        "KL", "How far the model moved from its parent: nats summed over an answer, mean over answers.", "nats", 0),
-    "length": Metric("length", "Mean number of tokens in an answer; judges tend to prefer long ones.", "tokens", 0),
+        "KL",
+        "How far the model moved from its parent: nats summed over an answer, mean over answers.",
+        "nats",
+        0,
+    ),
+    "length": Metric(
+        "length", "Mean number of tokens in an answer; judges tend to prefer long ones.", "tokens", 0
+    ),
 }
 
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -64,8 +89,15 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("drift", ("kl", "length")),
 )
 
-UNIT_NAMES: dict[Unit, str] = {"nats": "nats per answer", "tokens": "tokens", "bits": "", "score": "", "rate": "",
-                               "seconds": "s", "number": ""}
+UNIT_NAMES: dict[Unit, str] = {
+    "nats": "nats per answer",
+    "tokens": "tokens",
+    "bits": "",
+    "score": "",
+    "rate": "",
+    "seconds": "s",
+    "number": "",
+}
 
 
 def number(value: Any) -> float | None:

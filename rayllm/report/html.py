@@ -23,6 +23,7 @@ from markupsafe import Markup
 from rayllm.report import curves, views
 from rayllm.report.findings import Evaluation, Finding, headline, overoptimised, verdict
 from rayllm.report.glossary import DASH, count, date, duration, number, percent
+from rayllm.report.samples import clean, samples
 from rayllm.report.views import Stage
 
 __all__ = ["headline", "verdict", "write_report"]
@@ -40,7 +41,9 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     run_dir = Path(run_dir).resolve()
     stages = load_stages(run_dir)
     if not stages:
-        raise ValueError(f"{run_dir} holds no run: expected <stage>/run.json with a stage such as {STAGES[2]}")
+        raise ValueError(
+            f"{run_dir} holds no run: expected <stage>/run.json with a stage such as {STAGES[2]}"
+        )
     evaluation = _read_json(run_dir / "evaluate" / "evaluation.json")
     page, record = run_dir / "report.html", run_dir / "report.json"
     content = _content(run_dir.name, stages, evaluation)
@@ -52,17 +55,23 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
 def load_stages(run_dir: Path) -> list[Stage]:
     """The stages of the run in pipeline order; a stage that the list does not know comes before ``evaluate``."""
     names = [path.parent.name for path in sorted(run_dir.glob("*/run.json"))]
+    names = [name for name in names if "." not in name]  # sft.old-20261112 was replaced by another run
     order = {name: position for position, name in enumerate(STAGES)}
     names.sort(key=lambda name: order.get(name, order["evaluate"] - 0.5))
-    return [Stage(name, _read_json(run_dir / name / "run.json"), _read_events(run_dir / name / "events.jsonl"))
-            for name in names]
+    return [
+        Stage(name, _read_json(run_dir / name / "run.json"), _read_events(run_dir / name / "events.jsonl"))
+        for name in names
+    ]
 
 
 def render(content: dict[str, Any]) -> str:
     """The page for ``_content``; every expression of the template is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -90,14 +99,18 @@ def _content(name: str, stages: list[Stage], evaluation: dict[str, Any]) -> dict
         "reward_model": _reward_model(evaluation),
         "figures": curves.build(curves.FIGURES, events),
         "more_figures": curves.build(curves.MORE_FIGURES, events),
-        "samples": views.samples(data),
+        "samples": samples(data),
         "timings": views.timings(stages),
         "total": {"seconds": sum(seconds), "text": duration(sum(seconds))},
         "data": views.data_rows(stages),
         "lineage": views.lineage(stages),
         "configuration": views.configuration(stages),
-        "notes": [(stage.name, views.clean(event["text"])) for stage in stages for event in stage.events
-                  if event.get("kind") == "note" and event.get("text")][:40],
+        "notes": [
+            (stage.name, clean(event["text"]))
+            for stage in stages
+            for event in stage.events
+            if event.get("kind") == "note" and event.get("text")
+        ][:40],
         "environment": _environment(stages),
     }
 
@@ -107,7 +120,7 @@ def _findings(stages: list[Stage], evaluation: dict[str, Any]) -> tuple[Finding,
     failed = [stage for stage in stages if stage.status == "failed"]
     if failed:
         error = str(failed[0].record.get("error") or "no error text").strip()
-        finding = Finding("bad", f"The stage {failed[0].name} failed: {views.clean(error.splitlines()[-1], 300)}")
+        finding = Finding("bad", f"The stage {failed[0].name} failed: {clean(error.splitlines()[-1], 300)}")
     elif not evaluation.get("metrics"):
         unfinished = [f"{stage.name} is {stage.status}" for stage in stages if stage.status != "done"]
         told = f" ({', '.join(unfinished)})" if unfinished else ""
@@ -121,12 +134,22 @@ def _findings(stages: list[Stage], evaluation: dict[str, Any]) -> tuple[Finding,
 
 
 def _facts(stages: list[Stage], seconds: float) -> list[tuple[str, str]]:
-    started = min((str(stage.record["started"]) for stage in stages if stage.record.get("started")), default="")
-    seeds = {str(seed): None for stage in stages if (seed := _seed(stage.record.get("config") or {})) is not None}
-    hardware = next((stage.record["hardware"] for stage in reversed(stages) if stage.record.get("hardware")), {})
+    started = min(
+        (str(stage.record["started"]) for stage in stages if stage.record.get("started")), default=""
+    )
+    seeds = {
+        str(seed): None for stage in stages if (seed := _seed(stage.record.get("config") or {})) is not None
+    }
+    hardware = next(
+        (stage.record["hardware"] for stage in reversed(stages) if stage.record.get("hardware")), {}
+    )
     told = [f"{key.replace('_', ' ')} {value}" for key, value in _pairs(hardware)[:5]]
-    return [("started", date(started)), ("seed", ", ".join(seeds) or DASH), ("total time", duration(seconds)),
-            ("hardware", " · ".join(told) or DASH)]
+    return [
+        ("started", date(started)),
+        ("seed", ", ".join(seeds) or DASH),
+        ("total time", duration(seconds)),
+        ("hardware", " · ".join(told) or DASH),
+    ]
 
 
 def _seed(config: dict[str, Any]) -> Any:
@@ -143,29 +166,42 @@ def _strip(stages: list[Stage]) -> list[dict[str, str]]:
     by_name = {stage.name: stage for stage in stages}
     names = list(dict.fromkeys([*STAGES[:-1], *by_name]))
     names = [name for name in names if name != "evaluate"] + ["evaluate"]
-    return [{"name": name.replace("_", " "), "status": by_name[name].status if name in by_name else "not run",
-             "mark": marks.get(by_name[name].status, "?") if name in by_name else "○",
-             "time": duration(by_name[name].record.get("seconds")) if name in by_name else "not run"}
-            for name in names]
+    return [
+        {
+            "name": name.replace("_", " "),
+            "status": by_name[name].status if name in by_name else "not run",
+            "mark": marks.get(by_name[name].status, "?") if name in by_name else "○",
+            "time": duration(by_name[name].record.get("seconds")) if name in by_name else "not run",
+        }
+        for name in names
+    ]
 
 
 def _reward_model(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
     entries = (evaluation.get("reward_model") or {}).items()
-    return [(split, percent(number((entry or {}).get("pair_accuracy"))), count((entry or {}).get("num_pairs")))
-            for split, entry in entries]
+    return [
+        (split, percent(number((entry or {}).get("pair_accuracy"))), count((entry or {}).get("num_pairs")))
+        for split, entry in entries
+    ]
 
 
 def _environment(stages: Sequence[Stage]) -> dict[str, list[tuple[str, str]]]:
-    """Versions and hardware; where stages differ the later stage's value is shown with its name."""
+    """Versions, code and hardware; where stages differ each value is shown with a stage that had it."""
     result: dict[str, list[tuple[str, str]]] = {}
-    for part in ("versions", "hardware"):
+    for part in ("versions", "code", "hardware"):
         seen: dict[str, dict[str, str]] = {}
         for stage in stages:
             for key, value in _pairs(stage.record.get(part)):
                 seen.setdefault(key, {})[value] = stage.name
-        result[part] = [(key, next(iter(values)) if len(values) == 1 else
-                         ", ".join(f"{value} ({name})" for value, name in values.items()))
-                        for key, values in seen.items()]
+        result[part] = [
+            (
+                key,
+                next(iter(values))
+                if len(values) == 1
+                else ", ".join(f"{value} ({name})" for value, name in values.items()),
+            )
+            for key, values in seen.items()
+        ]
     return result
 
 
@@ -173,16 +209,32 @@ def _pairs(values: Any) -> list[tuple[str, str]]:
     """The non-empty entries of a mapping as text."""
     if not isinstance(values, dict):
         return []
-    shown = {key: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-             for key, value in values.items() if value is not None and value != []}
+    shown = {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for key, value in values.items()
+        if value is not None and value != []
+    }
     return [(str(key), text) for key, text in shown.items()]
 
 
 def _record(content: dict[str, Any], stages: list[Stage], evaluation: dict[str, Any]) -> dict[str, Any]:
     """The machine-readable report; unlike the page it holds full ids and unrounded numbers."""
-    kept = ("stage", "status", "started", "seconds", "error", "command", "model", "parents", "data", "metrics")
-    timings = [{key: row[key] for key in ("stage", "seconds", "tokens", "tokens_per_second")}
-               for row in content["timings"]]
+    kept = (
+        "stage",
+        "status",
+        "started",
+        "seconds",
+        "error",
+        "command",
+        "model",
+        "parents",
+        "data",
+        "metrics",
+    )
+    timings = [
+        {key: row[key] for key in ("stage", "seconds", "tokens", "tokens_per_second")}
+        for row in content["timings"]
+    ]
     return {
         "format": 1,
         "name": content["name"],
@@ -211,18 +263,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a stage. The last line may be half written while the stage runs; no other line may."""
+    """The events of a stage; a line cut off by a kill, or still being written, becomes a note."""
     if not path.exists():
         return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     events = []
-    for index, line in enumerate(lines):
+    for position, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
-            events.append(json.loads(line))
-        except ValueError as error:
-            if index < len(lines) - 1:
-                raise ValueError(f"{path} line {index + 1} is not valid JSON: {error}") from error
-    return [event for event in events if isinstance(event, dict)]
+            event = json.loads(line) if line.strip() else None
+        except ValueError:
+            event = {
+                "kind": "note",
+                "text": f"line {position} of {path.name} could not be read and is left out",
+            }
+        if isinstance(event, dict):
+            events.append(event)
+    return events
 
 
 def _strict(value: Any) -> Any:

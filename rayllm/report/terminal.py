@@ -50,8 +50,9 @@ def print_preamble(
     for key, change in run.record["changed"].items():
         if key == "run_dir" or key in run.inputs or key.split(".")[0] in ("models", "prompts"):
             continue
-        origin = f"{change['origin']}, default {change['default']}"
-        table.add_row("setting", f"{escape(f'{key} = {change["value"]}')} [dim]({escape(origin)})[/dim]")
+        setting = escape(f"{key} = {change['value']}")
+        origin = escape(f"{change['origin']}, default {change['default']}")
+        table.add_row("setting", f"{setting} [dim]({origin})[/dim]")
     for role, where in placement:
         table.add_row("placement", escape(f"{role}: {where}"))
     if example:

@@ -29,9 +29,6 @@ from rayllm.report.glossary import (
     written,
 )
 
-MAX_SAMPLES, MAX_TEXT = 24, 700
-SPECIAL_SAMPLES = 4  # of the worst answers, and again of the most changed ones
-
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -58,7 +55,9 @@ class Stage:
         for name in ("tokens", "train/tokens", "perf/tokens"):
             if number(self.metrics.get(name)) is not None:
                 return number(self.metrics[name])
-        known = [n for n in (number(data.get("tokens")) for data in self.record.get("data") or []) if n is not None]
+        known = [
+            n for n in (number(data.get("tokens")) for data in self.record.get("data") or []) if n is not None
+        ]
         return sum(known) if known else None
 
     def tokens_per_second(self) -> float | None:
@@ -82,10 +81,14 @@ def stages_table(data: Evaluation, split: str) -> dict[str, Any]:
             groups.append({"name": group, "rows": rows})
     prompts = data.prompts(split)
     return {
-        "split": split, "description": (data.raw.get("splits") or {}).get(split), "prompts": prompts,
+        "split": split,
+        "description": (data.raw.get("splits") or {}).get(split),
+        "prompts": prompts,
         "models": [{"name": name, "label": model_name(name)} for name in data.models],
-        "final": final, "change": f"{model_name(parent)} → {model_name(final)}" if parent and final else None,
-        "margin": percent(rate_margin(0.5, 0.5, prompts), 0) if prompts else None, "groups": groups,
+        "final": final,
+        "change": f"{model_name(parent)} → {model_name(final)}" if parent and final else None,
+        "margin": percent(rate_margin(0.5, 0.5, prompts), 0) if prompts else None,
+        "groups": groups,
     }
 
 
@@ -94,11 +97,24 @@ def _row(data: Evaluation, split: str, name: str) -> dict[str, Any] | None:
     values = [data.value(model, split, name) for model in data.models]
     if all(value is None for value in values):
         return None
-    cells = [{"value": value, "text": written(value, about.unit), "share": value if about.unit == "rate" else None}
-             for value in values]
+    cells = [
+        {
+            "value": value,
+            "text": written(value, about.unit),
+            "share": value if about.unit == "rate" else None,
+            "outcomes": None,
+        }
+        for value in values
+    ]
     change = data.change(split, name) if name not in ("win_rate", "kl") else None
-    return {"metric": name, "label": about.label, "meaning": about.meaning, "unit": UNIT_NAMES[about.unit],
-            "cells": cells, "change": _change(data, split, name, *change) if change else None}
+    return {
+        "metric": name,
+        "label": about.label,
+        "meaning": about.meaning,
+        "unit": UNIT_NAMES[about.unit],
+        "cells": cells,
+        "change": _change(data, split, name, *change) if change else None,
+    }
 
 
 def _change(data: Evaluation, split: str, name: str, old: float, new: float) -> dict[str, Any]:
@@ -106,8 +122,12 @@ def _change(data: Evaluation, split: str, name: str, old: float, new: float) -> 
     shown = delta * 100 if unit == "rate" else delta
     text = grouped(shown, {"bits": 3, "tokens": 1, "rate": 1}.get(unit, 2))
     flat = not any(digit in text for digit in "123456789")
-    return {"value": delta, "text": text if flat or delta < 0 else f"+{text}", "arrow": "" if flat else "↑↓"[delta < 0],
-            "judged": "" if flat else data.judged(split, name, old, new)}
+    return {
+        "value": delta,
+        "text": text if flat or delta < 0 else f"+{text}",
+        "arrow": "" if flat else "↑↓"[delta < 0],
+        "judged": "" if flat else data.judged(split, name, old, new),
+    }
 
 
 def _outcomes(data: Evaluation, split: str) -> dict[str, Any] | None:
@@ -117,71 +137,32 @@ def _outcomes(data: Evaluation, split: str) -> dict[str, Any] | None:
         shares = [data.value(model, split, name) for name in ("win", "tie", "lose")]
         known = [share for share in shares if share is not None]
         found = found or bool(known)
-        text = " / ".join(DASH if share is None else grouped(100 * share) for share in shares) if known else DASH
-        cells.append({"value": dict(zip(("win", "tie", "lose"), shares, strict=True)), "text": text, "share": None,
-                      "outcomes": [share or 0.0 for share in shares] if known else None})
-    meaning = "Percent of prompts where the answer is better than, as good as, or worse than the parent model's."
-    return {"metric": "win_tie_lose", "label": "win / tie / lose", "meaning": meaning, "unit": "",
-            "cells": cells, "change": None} if found else None
-
-
-def samples(data: Evaluation) -> dict[str, Any]:
-    """Prompts with every model's answer: the worst and the most changed ones, then some of each kind."""
-    everything = [sample for sample in data.raw.get("samples") or [] if isinstance(sample, dict)]
-    parent = data.parent(data.final) if data.final else None
-    chosen = _choose(everything, data.final, parent)
-    shown = [{
-        "prompt": clean(sample.get("prompt")), "kind": str(sample.get("kind") or "prompt"),
-        "split": sample.get("split"), "reason": reason,
-        "answers": [_answer(model, (sample.get("responses") or {}).get(model)) for model in data.models],
-    } for sample, reason in chosen]
-    return {"shown": shown, "total": len(everything)}
-
-
-def _choose(everything: list[dict[str, Any]], final: str | None, parent: str | None) -> list[tuple[dict, str]]:
-    if len(everything) <= MAX_SAMPLES:
-        return [(sample, "") for sample in everything]
-    gold = {i: (_gold(s, final), _gold(s, parent)) for i, s in enumerate(everything)}
-    scored = [i for i, (new, _) in gold.items() if new is not None]
-    worst = sorted(scored, key=lambda i: gold[i][0] or 0.0)[:SPECIAL_SAMPLES]
-    moved = [i for i in scored if gold[i][1] is not None and i not in worst]
-    moved = sorted(moved, key=lambda i: -abs((gold[i][0] or 0.0) - (gold[i][1] or 0.0)))[:SPECIAL_SAMPLES]
-    reasons = dict.fromkeys(worst, "among the worst") | dict.fromkeys(moved, "among the most changed")
-    by_kind: dict[tuple, list[int]] = {}
-    for i, sample in enumerate(everything):
-        by_kind.setdefault((str(sample.get("split")), str(sample.get("kind"))), []).append(i)
-    queues = [iter([i for i in members if i not in reasons]) for members in by_kind.values()]
-    picked = list(reasons)
-    while len(picked) < MAX_SAMPLES:
-        turn = [i for i in (next(queue, None) for queue in queues) if i is not None]
-        picked += turn[: MAX_SAMPLES - len(picked)]
-        if not turn:
-            break
-    return [(everything[i], reasons.get(i, "")) for i in sorted(picked)]
-
-
-def _gold(sample: dict[str, Any], model: str | None) -> float | None:
-    return number(((sample.get("responses") or {}).get(model) or {}).get("gold"))
-
-
-def _answer(model: str, response: dict[str, Any] | None) -> dict[str, Any]:
-    if not isinstance(response, dict):
-        return {"model": model_name(model), "missing": True}
-    flags = []
-    if response.get("stopped") is False:
-        flags.append("did not stop")
-    if not str(response.get("text") or "").strip():
-        flags.append("empty")
-    return {"model": model_name(model), "missing": False, "text": clean(response.get("text")),
-            "gold": written(response.get("gold"), "score"), "reward": written(response.get("reward"), "score"),
-            "gold_value": number(response.get("gold")), "reward_value": number(response.get("reward")), "flags": flags}
-
-
-def clean(text: Any, limit: int = MAX_TEXT) -> str:
-    """Model text that can be shown: control characters as pictures, lone surrogates replaced, long text cut."""
-    text = str(text if text is not None else "").encode("utf-8", "replace").decode("utf-8")
-    text = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
-    return text if len(text) <= limit else f"{text[:limit].rstrip()} … ({len(text) - limit} more characters)"
+        text = (
+            " / ".join(DASH if share is None else grouped(100 * share) for share in shares) if known else DASH
+        )
+        cells.append(
+            {
+                "value": dict(zip(("win", "tie", "lose"), shares, strict=True)),
+                "text": text,
+                "share": None,
+                "outcomes": [share or 0.0 for share in shares] if known else None,
+            }
+        )
+    meaning = (
+        "Percent of prompts where the answer is better than, as good as, or worse than the parent model's."
+    )
+    return (
+        {
+            "metric": "win_tie_lose",
+            "label": "win / tie / lose",
+            "meaning": meaning,
+            "unit": "",
+            "cells": cells,
+            "change": None,
+        }
+        if found
+        else None
+    )
 
 
 def timings(stages: Sequence[Stage]) -> list[dict[str, Any]]:
@@ -190,11 +171,17 @@ def timings(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     rows = []
     for stage in stages:
         seconds, tokens, rate = number(stage.record.get("seconds")), stage.tokens(), stage.tokens_per_second()
-        rows.append({
-            "stage": stage.name, "status": stage.status, "seconds": seconds, "tokens": tokens,
-            "tokens_per_second": rate, "share": (seconds or 0.0) / slowest if slowest else 0.0,
-            "text": {"seconds": duration(seconds), "tokens": count(tokens), "rate": count(rate)},
-        })
+        rows.append(
+            {
+                "stage": stage.name,
+                "status": stage.status,
+                "seconds": seconds,
+                "tokens": tokens,
+                "tokens_per_second": rate,
+                "share": (seconds or 0.0) / slowest if slowest else 0.0,
+                "text": {"seconds": duration(seconds), "tokens": count(tokens), "rate": count(rate)},
+            }
+        )
     return rows
 
 
@@ -205,55 +192,91 @@ def data_rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
         for data in stage.record.get("data") or []:
             dropped = {str(k): int(n) for k, v in (data.get("dropped") or {}).items() if (n := number(v))}
             reasons = sorted(dropped.items(), key=lambda item: -item[1])
-            rows.append({
-                "stage": stage.name, "name": data.get("name") or DASH, "path": data.get("path") or "",
-                "rows": count(data.get("rows")), "tokens": count(data.get("tokens")),
-                "dropped": [(reason, count(value)) for reason, value in reasons],
-                "dropped_total": count(sum(dropped.values())) if dropped else "0", "id": short_id(data.get("sha256")),
-            })
+            rows.append(
+                {
+                    "stage": stage.name,
+                    "name": data.get("name") or DASH,
+                    "path": data.get("path") or "",
+                    "rows": count(data.get("rows")),
+                    "tokens": count(data.get("tokens")),
+                    "dropped": [(reason, count(value)) for reason, value in reasons],
+                    "dropped_total": count(sum(dropped.values())) if dropped else "0",
+                    "id": short_id(data.get("sha256")),
+                }
+            )
     return rows
 
 
 def lineage(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Trees of stages: a stage hangs under the first of its parents that this run made; others are named on it."""
+    """Trees of stages: each hangs under the first of its parents that this run made; its other sources are named."""
     by_id = {stage.model["id"]: stage.name for stage in stages if stage.model.get("id")}
     names = [stage.name for stage in stages]
-    nodes, roots = {}, []
+    nodes: dict[str, dict[str, Any]] = {}
+    roots: list[dict[str, Any]] = []
     for stage in stages:
-        if not (stage.model or stage.record.get("parents")):
-            continue
         parents = [p for p in stage.record.get("parents") or [] if isinstance(p, dict)]
-        made = [(p, source) for p in parents if (source := _source(p, by_id, names, stage.name)) in nodes]
-        main = made[0] if made else (None, None)
-        others = [{"role": p.get("role") or "parent", "id": short_id(p.get("id")),
-                   "from": _source(p, by_id, names, stage.name) or p.get("path") or ""}
-                  for p in parents if p is not main[0]]
-        node = {"stage": stage.name, "id": short_id(stage.model.get("id")), "path": stage.model.get("path") or "",
-                "parameters": count(stage.model.get("parameters")), "others": others, "children": []}
-        nodes[stage.name] = node
-        (nodes[main[1]]["children"] if main[1] else roots).append(node)
+        if stage.name == "evaluate" or not (stage.model or parents):
+            continue
+        sources = [_source(parent, by_id, names, stage.name) for parent in parents]
+        main = next((index for index, source in enumerate(sources) if source in nodes), None)
+        others = [
+            {
+                "role": parent.get("role") or "parent",
+                "id": short_id(parent.get("id")),
+                "from": source or parent.get("path") or "",
+            }
+            for index, (parent, source) in enumerate(zip(parents, sources, strict=True))
+            if index != main
+        ]
+        read = [_source(data, {}, names, stage.name) for data in stage.record.get("data") or []]
+        others += [{"role": "data", "id": "", "from": source} for source in dict.fromkeys(read) if source]
+        nodes[stage.name] = {
+            "stage": stage.name,
+            "id": short_id(stage.model.get("id")),
+            "path": stage.model.get("path") or "",
+            "parameters": count(stage.model.get("parameters")),
+            "others": others,
+            "children": [],
+        }
+        (roots if main is None else nodes[str(sources[main])]["children"]).append(nodes[stage.name])
     return roots
 
 
-def _source(parent: dict[str, Any], by_id: dict[str, str], names: list[str], child: str) -> str | None:
-    """The stage of this run that made ``parent``: by id, else by the stage folder in its path."""
-    if parent.get("id") in by_id:
-        return by_id[parent["id"]]
-    folders = PurePath(str(parent.get("path") or "")).parts
-    return next((name for name in names if name in folders and name != child), None)
+def _source(origin: dict[str, Any], by_id: dict[str, str], names: list[str], child: str) -> str | None:
+    """The stage of this run that made ``origin``: by id, else by the last stage folder in its path."""
+    if origin.get("id") in by_id:
+        return by_id[origin["id"]]
+    folders = PurePath(str(origin.get("path") or "")).parts
+    return next((name for name in reversed(folders) if name in names and name != child), None)
 
 
 def configuration(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """Per stage: its command, the settings that differ from the defaults and its final metrics."""
     rows = []
     for stage in stages:
-        changed = [{"key": key, "value": _setting(entry.get("value")), "default": _setting(entry.get("default")),
-                    "origin": entry.get("origin") or ""}
-                   for key, entry in (stage.record.get("changed") or {}).items() if isinstance(entry, dict)]
-        metrics = [(key, short_number(value)) for key, raw in stage.metrics.items()
-                   if (value := number(raw)) is not None]
-        rows.append({"stage": stage.name, "command": stage.record.get("command") or "", "changed": changed,
-                     "metrics": metrics})
+        changed = [
+            {
+                "key": key,
+                "value": _setting(entry.get("value")),
+                "default": _setting(entry.get("default")),
+                "origin": entry.get("origin") or "",
+            }
+            for key, entry in (stage.record.get("changed") or {}).items()
+            if isinstance(entry, dict)
+        ]
+        metrics = [
+            (key, short_number(value))
+            for key, raw in stage.metrics.items()
+            if (value := number(raw)) is not None
+        ]
+        rows.append(
+            {
+                "stage": stage.name,
+                "command": stage.record.get("command") or "",
+                "changed": changed,
+                "metrics": metrics,
+            }
+        )
     return rows
 
 

@@ -89,6 +89,15 @@ def test_group_advantages_by_hand():
 
 
 @pytest.mark.parametrize("kind", GROUP_KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_groups_without_spread_are_exactly_zero(kind, dtype):
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randn(50, generator=generator, dtype=torch.float64).to(dtype)
+    prompts = torch.randint(50, (2000,), generator=generator)
+    assert (group_advantages(levels[prompts], prompts, kind=kind) == 0).all()
+
+
+@pytest.mark.parametrize("kind", GROUP_KINDS)
 def test_group_advantages_match_a_loop_in_any_order(kind):
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(40, generator=generator)

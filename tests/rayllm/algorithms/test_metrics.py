@@ -22,8 +22,10 @@ def test_explained_variance_by_hand():
     assert explained_variance(values, returns, MASK).item() == pytest.approx(0.8)
     assert explained_variance(returns, returns, MASK).item() == 1.0
     assert explained_variance(torch.full((1, 5), 9.0), returns, MASK).item() == 0.0
-    assert explained_variance(values, torch.full((1, 5), 0.1), MASK).item() == 0.0
     assert explained_variance(values, returns, EMPTY).item() == 0.0
+    for level in (0.1, 0.3, 0.7):  # a mean that rounds would leave a tiny variance
+        values, constant = torch.arange(77.0).view(7, 11), torch.full((7, 11), level)
+        assert explained_variance(values, constant, torch.ones(7, 11).bool()).item() == 0.0
 
 
 def test_clip_fraction_by_hand():

@@ -1,0 +1,35 @@
+"""Events from a worker to the driver, without waiting: a mailbox actor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ray
+
+
+@dataclass(frozen=True, slots=True)
+class StepEvent:
+    """``step`` optimizer steps are done; a restart after a failure begins again from an earlier step."""
+
+    step: int
+    metrics: dict[str, float]
+    restarted: bool = False
+
+
+class ProgressActor:
+    """Keeps events until the driver drains them."""
+
+    def __init__(self) -> None:
+        self._events: list[StepEvent] = []
+
+    def push(self, event: StepEvent) -> None:
+        self._events.append(event)
+
+    def drain(self) -> list[StepEvent]:
+        events, self._events = self._events, []
+        return events
+
+
+def start_progress_actor() -> ray.actor.ActorHandle:
+    """Costs no CPU; ends with the driver."""
+    return ray.remote(num_cpus=0)(ProgressActor).remote()

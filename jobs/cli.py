@@ -1,0 +1,179 @@
+"""The `rayllm` command: one sub-command a job, ``--config FILE`` and ``key=value`` overrides."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rayllm.config.base import Config, describe_fields, load_config
+from rayllm.errors import InputError
+
+EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Where a sub-command lives; imported when it is used."""
+
+    module: str
+    config: str
+    summary: str
+
+    def config_class(self) -> type[Config]:
+        module, name = self.config.split(":")
+        found: type[Config] = getattr(importlib.import_module(f"rayllm.config.{module}"), name)
+        return found
+
+
+COMMANDS = {
+    "world": Command("world", "world:WorldConfig", "write the toy world's documents, demonstrations and prompts"),
+    "tokenizer": Command("tokenizer", "tokenizer:TokenizerConfig", "train a byte-level BPE tokenizer"),
+    "pretrain": Command("pretrain", "pretrain:PretrainConfig", "next-token prediction on documents"),
+    "sft": Command("sft", "sft:SftConfig", "supervised fine-tuning on demonstrations"),
+    "label": Command("label", "label:LabelConfig", "sample answers with vLLM and rank them, best to worst"),
+    "reward-model": Command("reward_model", "reward_model:RewardModelConfig", "learn a reward from rankings"),
+    "ppo": Command("ppo", "ppo:PPOConfig", "RLHF: improve the SFT model against the reward model"),
+    "evaluate": Command("evaluate", "evaluate:EvaluateConfig", "all models side by side on held-out prompts"),
+    "serve": Command("serve", "serve:ServeConfig", "serve a model as an OpenAI-compatible chat API"),
+    "chat": Command("chat", "chat:ChatConfig", "talk to a served model in the terminal"),
+    "pipeline": Command("pipeline", "pipeline:PipelineConfig", "everything above up to evaluate, then a report"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM."""
+    console = Console()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print_overview(console)
+        sys.exit(0 if arguments else EXIT_INPUT)
+    name, *rest = arguments
+    if name == "--version":
+        from importlib.metadata import version
+
+        console.print(f"rayllm {version('rayllm')}", highlight=False)
+        sys.exit(0)
+    try:
+        sys.exit(run_command(name, rest, console))
+    except InputError as error:
+        for line in str(error).splitlines():
+            console.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
+        sys.exit(EXIT_INPUT)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command continues where it was", highlight=False)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def main_of(name: str) -> None:
+    """Entry point of ``python -m jobs.<name>``."""
+    main([name, *sys.argv[1:]])
+
+
+def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
+    """Parse, validate, run. Returns the exit status.
+
+    Raises:
+        InputError: unknown command or key, bad value, missing or unusable input.
+    """
+    command = find_command(name)
+    parsed = parse(name, arguments)
+    if parsed.help:
+        print_command_help(console, name, command)
+        return 0
+    loaded = load_config(command.config_class(), parsed.config, parsed.overrides)
+    if parsed.address:
+        from jobs.submit import submit
+
+        return submit(name, arguments, parsed.address, console)
+    signal.signal(signal.SIGTERM, _terminate)
+    module = importlib.import_module(f"jobs.{command.module}")
+    try:
+        job = module.run(loaded, console, verbose=parsed.verbose)
+    except RuntimeError as error:
+        if parsed.verbose:
+            raise
+        console.print(f"[red]failed:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        console.print("[dim]-v prints the libraries' own output[/dim]")
+        return EXIT_FAILED
+    if getattr(job, "done", False):
+        console.print(f"[dim]✓ {job.stage} in {job.dir} is done and unchanged[/dim]", highlight=False)
+    return 0
+
+
+def find_command(name: str) -> Command:
+    """Raises InputError with the nearest known name."""
+    import difflib
+
+    if name in COMMANDS:
+        return COMMANDS[name]
+    near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(COMMANDS)}"
+    raise InputError(f"{name}: no such command. {hint}")
+
+
+def parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """Options and overrides, in any order."""
+    parser = argparse.ArgumentParser(prog=f"rayllm {name}", add_help=False, exit_on_error=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--address")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    try:
+        parsed, unknown = parser.parse_known_intermixed_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise InputError(f"{name}: {error}") from None
+    if unknown:
+        raise InputError(f"{unknown[0]}: unknown option. Known: --config FILE, --address URL, -v, --help, key=value")
+    return parsed
+
+
+def print_overview(console: Console) -> None:
+    """`rayllm --help`."""
+    console.print("[bold]rayllm[/bold]: from raw text to an aligned assistant, on a Ray cluster\n", highlight=False)
+    console.print("usage: rayllm COMMAND \\[--config FILE] \\[key=value ...] \\[--address URL] \\[-v]\n", highlight=False)
+    table = Table.grid(padding=(0, 3))
+    for name, command in COMMANDS.items():
+        table.add_row(f"  [bold cyan]{name}[/bold cyan]", command.summary)
+    console.print(table)
+    console.print(
+        "\n  --config FILE   settings as YAML; key=value on the command line wins\n"
+        "  --address URL   run as a Ray job on the cluster with this dashboard, e.g. http://HEAD:8265\n"
+        "  -v              show what Ray, vLLM and DeepSpeed print\n\n"
+        "rayllm COMMAND --help lists every setting. Start with:\n"
+        "  rayllm pipeline --config jobs/configs/quickstart.yaml",
+        highlight=False,
+    )
+
+
+def print_command_help(console: Console, name: str, command: Command) -> None:
+    """Every field with its type, default and docstring."""
+    console.print(f"[bold]rayllm {name}[/bold]: {command.summary}\n", highlight=False)
+    console.print(
+        f"usage: rayllm {name} \\[--config FILE] \\[key=value ...] \\[--address URL] \\[-v]\n", highlight=False
+    )
+    for key, kind, default, doc in describe_fields(command.config_class()):
+        console.print(f"  [bold cyan]{key}[/bold cyan]  [dim]{escape(kind)}, {escape(default)}[/dim]", highlight=False)
+        if doc:
+            console.print(f"      {escape(doc)}", highlight=False)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds like Ctrl-C, so that everything is cleaned up."""
+    raise SystemExit(EXIT_TERMINATED)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    main()

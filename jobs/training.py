@@ -1,0 +1,46 @@
+"""What the Ray Train jobs share: from a task to a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Console
+
+from actors.progress import StepEvent
+from actors.trainer import TrainTask, fit
+from jobs.session import ray_session
+from rayllm.config.common import TrainConfig
+from rayllm.models.loading import count_stored_parameters
+from rayllm.report.run import Run
+from rayllm.report.terminal import Progress, print_done
+
+
+def train(run: Run, task: TrainTask, console: Console, *, verbose: bool) -> None:
+    """Train on Ray, log every event, finish the run with the last held-out metrics."""
+    final: dict[str, float] = {}
+
+    def on_event(event: StepEvent) -> None:
+        if event.restarted:
+            run.rewind(event.step)
+            return
+        run.log(event.step, event.metrics)
+        progress.update(event.step, event.metrics)
+        final.update(event.metrics)
+
+    with ray_session(run.logs_dir, verbose=verbose), Progress(console, run.stage, task.num_steps) as progress:
+        progress.status("starting workers")
+        fit(task, run.dir, on_event)
+    run.finish(headline(final), model_parameters=count_stored_parameters(run.model_dir))
+    print_done(console, run, headline(final))
+
+
+def headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The figures of a finished run: the last loss and what was measured on held-out data."""
+    return {name: value for name, value in metrics.items() if name == "train/loss" or name.startswith("eval/")}
+
+
+def placement(config: TrainConfig) -> list[tuple[str, str]]:
+    """Ranks, devices and ZeRO stage, for the block before the first step."""
+    workers, learner = config.workers, config.learner
+    device = f"{workers.gpus_per_worker:g} GPU" if workers.gpus_per_worker else f"{workers.cpus_per_worker:g} CPU"
+    return [("workers", f"{workers.num_workers} x {device}, ZeRO-{learner.zero_stage}, {learner.dtype}")]

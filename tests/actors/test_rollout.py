@@ -1,0 +1,375 @@
+"""Rollout actors on real vLLM engines: two for the whole module, started together."""
+
+import asyncio
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from actors.rollout import RolloutActor, sample_seed
+from actors.vllm_engine import EXIT_GRACE_S, VllmEngine
+from actors.weights import pack, read_safetensors
+from rayllm.data.tokenizer import stop_token_ids
+
+SEED = 11
+BLOCK = 32
+TOLERANCE = 1e-4  # mean |difference| of log-probabilities, nats
+
+
+class ProbedActor(RolloutActor):
+    """A rollout actor with handles that only tests need."""
+
+    async def break_engine(self) -> None:
+        def fail():
+            raise OSError("broken on purpose")
+
+        self._engine._llm.step = fail
+
+    async def unfinished_after_cancel(self, prompts, **sampling) -> int:
+        task = asyncio.create_task(self.generate(prompts, **sampling))
+        while not self._engine._calls:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await self.load(self.model_dir)  # runs in the stepping thread, after the cancellation
+        return self._engine._llm.get_num_unfinished_requests() + len(self._engine._calls)
+
+    def __init__(self, model_dir, **settings):
+        self.model_dir = model_dir
+        super().__init__(model_dir, **settings)
+
+
+@pytest.fixture(scope="module")
+def actors(local_ray, tiny_model_dir):
+    options = {"num_cpus": 1, "max_concurrency": 100, "max_restarts": -1}
+    handles = [
+        local_ray.remote(ProbedActor).options(**options).remote(str(tiny_model_dir), engine={}, seed=SEED)
+        for _ in range(2)
+    ]
+    local_ray.get([handle.info.remote() for handle in handles])
+    yield handles
+    for handle in handles:
+        local_ray.kill(handle)
+
+
+@pytest.fixture
+def actor(local_ray, actors, tiny_model_dir):
+    """One that serves the first model as version 0."""
+    assert local_ray.get(actors[0].load.remote(str(tiny_model_dir))) == 0
+    return actors[0]
+
+
+@pytest.fixture
+def mortal(local_ray, actors, tiny_model_dir):
+    """One that may die: it comes back for the next test."""
+    while True:
+        try:
+            local_ray.get(actors[1].load.remote(str(tiny_model_dir)))
+            return actors[1]
+        except local_ray.exceptions.RayActorError:
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model_dir, other_tiny_model_dir):
+    """The two models by transformers, in float32."""
+    from rayllm.models.loading import load_causal_lm
+
+    return [load_causal_lm(tiny_model_dir), load_causal_lm(other_tiny_model_dir)]
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_model_dir, other_tiny_model_dir):
+    """The weights of the two models, as version 1 (the second) and 2 (the first)."""
+    return [
+        pack(read_safetensors(tiny_model_dir), version=2),
+        pack(read_safetensors(other_tiny_model_dir), version=1),
+    ]
+
+
+@pytest.fixture(scope="module")
+def stops(tiny_tokenizer):
+    return stop_token_ids(tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def prompts(models):
+    return make_prompts(models[0].config.vocab_size, [5, 17, 33, 48])
+
+
+def make_prompts(vocab_size, lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (100 + row, torch.randint(vocab_size, (length,), generator=generator).tolist())
+        for row, length in enumerate(lengths)
+    ]
+
+
+def generate(ray, actor, prompts, **changes):
+    sampling = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 24, "step": 1, **changes}
+    return ray.get(actor.generate.remote(prompts, **sampling))
+
+
+def logprob_differences(model, rollouts, *, temperature):
+    """|sampler - transformers| of every response token."""
+    differences = []
+    for rollout in rollouts:
+        start = len(rollout.prompt_token_ids)
+        ids = torch.tensor([rollout.prompt_token_ids + rollout.token_ids])
+        with torch.no_grad():
+            logprobs = (model(ids).logits[0, :-1].float() / temperature).log_softmax(-1)
+        expected = logprobs.gather(1, ids[0, 1:, None])[start - 1 :, 0]
+        differences.append((expected - torch.tensor(rollout.logprobs)).abs())
+    return torch.cat(differences)
+
+
+def greedy_tokens(model, prompts, stops, max_new_tokens=24):
+    responses = []
+    for _, ids in prompts:
+        output = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=stops,
+            pad_token_id=stops[0],
+        )
+        responses.append(tuple(output[0, len(ids) :].tolist()))
+    return responses
+
+
+def tokens_by_sample(rollouts):
+    found = {}
+    for rollout in rollouts:
+        found.setdefault(rollout.prompt_id, []).append(rollout.token_ids)
+    return found
+
+
+def wait_until_gone(pid, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return
+        except psutil.NoSuchProcess:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} still runs {timeout_s} s after its death")
+
+
+def test_logprobs_and_greedy_tokens_follow_ten_updates(local_ray, actor, models, bundles, prompts, stops):
+    greedy = [greedy_tokens(model, prompts, stops) for model in models]
+    assert greedy[0] != greedy[1]
+    for update in range(11):
+        serving = update % 2
+        if update:
+            bundle = dataclasses.replace(bundles[serving], version=update)
+            assert local_ray.get(actor.update_weights.remote([local_ray.put(bundle)])) == update
+        for temperature in (1.0, 0.7):
+            rollouts = generate(local_ray, actor, prompts, temperature=temperature, step=update)
+            difference = logprob_differences(models[serving], rollouts, temperature=temperature)
+            assert difference.mean() < TOLERANCE, (update, temperature)
+            assert {r.policy_version for r in rollouts} == {update}
+        rollouts = generate(local_ray, actor, prompts, temperature=0, num_samples=1)
+        assert [r.token_ids for r in rollouts] == greedy[serving], update
+        # A greedy token's log-probability is that of temperature 1.
+        assert logprob_differences(models[serving], rollouts, temperature=1.0).mean() < TOLERANCE
+    assert local_ray.get(actor.version.remote()) == 10
+
+
+def test_load_from_disk_and_a_plain_bundle_serve_the_same(
+    local_ray, actor, bundles, prompts, other_tiny_model_dir
+):
+    assert local_ray.get(actor.load.remote(str(other_tiny_model_dir), version=7)) == 7
+    from_disk = generate(local_ray, actor, prompts)
+    assert local_ray.get(actor.update_weights.remote(bundles[1])) == 1
+    from_bundle = generate(local_ray, actor, prompts)
+    assert [r.policy_version for r in from_disk] == [7] * 8
+    assert [dataclasses.replace(r, policy_version=1) for r in from_disk] == from_bundle
+
+
+def test_tokens_do_not_depend_on_order_batch_or_actor(local_ray, actor, mortal, prompts):
+    rollouts = generate(local_ray, actor, prompts, num_samples=3)
+    assert [r.prompt_id for r in rollouts] == [p for p, _ in prompts for _ in range(3)]
+    assert [r.prompt_token_ids for r in rollouts] == [tuple(ids) for _, ids in prompts for _ in range(3)]
+    expected = tokens_by_sample(rollouts)
+    assert all(len(set(samples)) == 3 for samples in expected.values())
+    assert tokens_by_sample(generate(local_ray, actor, prompts, num_samples=3)) == expected
+    assert tokens_by_sample(generate(local_ray, actor, prompts[::-1], num_samples=3)) == expected
+    assert tokens_by_sample(generate(local_ray, mortal, prompts, num_samples=3)) == expected
+    calls = [
+        actor.generate.remote([p], num_samples=3, temperature=1.0, max_new_tokens=24, step=1) for p in prompts
+    ]
+    assert tokens_by_sample([r for call in local_ray.get(calls) for r in call]) == expected
+    assert tokens_by_sample(generate(local_ray, actor, prompts, num_samples=3, step=2)) != expected
+
+
+def test_a_prompt_id_that_stands_twice_is_sampled_twice(local_ray, actor, prompts):
+    first, second = generate(local_ray, actor, [prompts[0], prompts[0]], num_samples=1)
+    assert first.token_ids != second.token_ids
+    assert first == generate(local_ray, actor, [prompts[0]], num_samples=1)[0]
+
+
+def test_no_prompts_give_no_rollouts(local_ray, actor):
+    assert generate(local_ray, actor, []) == []
+
+
+def wrong_bundles(bundle):
+    from actors.weights import unpack
+
+    tensors = dict(unpack(bundle))
+    norm, projection = "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"
+    damaged = bundle.buffer.copy()
+    damaged[1234] ^= 64
+    return {
+        f"missing .'{projection}'": pack([i for i in tensors.items() if i[0] != projection], version=9),
+        "unknown .'model.extra.weight'": pack(
+            {**tensors, "model.extra.weight": torch.ones(2)}.items(), version=9
+        ),
+        f"{norm} has shape": pack({**tensors, norm: tensors[norm][:-1]}.items(), version=9),
+        f"{projection} has shape": pack({**tensors, projection: tensors[projection].t()}.items(), version=9),
+        "damaged": dataclasses.replace(bundle, buffer=damaged, version=9),
+    }
+
+
+def test_a_wrong_update_is_refused_by_name_and_the_old_weights_serve_on(
+    local_ray, actor, models, bundles, prompts, stops
+):
+    expected = greedy_tokens(models[0], prompts, stops)
+    for message, bundle in wrong_bundles(bundles[1]).items():
+        with pytest.raises(RuntimeError, match=message):
+            local_ray.get(actor.update_weights.remote(bundle))
+        assert local_ray.get(actor.version.remote()) == 0
+        rollouts = generate(local_ray, actor, prompts, temperature=0, num_samples=1)
+        assert [r.token_ids for r in rollouts] == expected, message
+
+
+def test_the_tied_head_may_come_along(local_ray, actor, models, bundles, prompts):
+    weights = {**models[1].state_dict()}
+    assert "lm_head.weight" in weights
+    local_ray.get(actor.update_weights.remote(pack(weights.items(), version=5)))
+    rollouts = generate(local_ray, actor, prompts)
+    assert logprob_differences(models[1], rollouts, temperature=1.0).mean() < TOLERANCE
+
+
+def test_an_update_drops_the_prefix_cache(local_ray, actor, models, bundles):
+    prompts = make_prompts(models[0].config.vocab_size, [3 * BLOCK + 4])
+    for _ in range(2):
+        old = generate(local_ray, actor, prompts)
+    assert logprob_differences(models[0], old, temperature=1.0).mean() < TOLERANCE
+    local_ray.get(actor.update_weights.remote(bundles[1]))
+    new = generate(local_ray, actor, prompts)
+    assert logprob_differences(models[1], new, temperature=1.0).mean() < TOLERANCE
+
+
+def test_responses_under_way_go_on_with_the_new_weights(local_ray, actor, models, bundles, prompts):
+    sampling = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 400, "step": 1}
+    running = actor.generate.remote(prompts, **sampling)
+    time.sleep(0.5)
+    local_ray.get(actor.update_weights.remote(bundles[1]))
+    rollouts = local_ray.get(running)
+    changed = 0
+    for rollout in rollouts:
+        under_old, under_new = (
+            logprob_differences(model, [rollout], temperature=1.0) < 1e-3 for model in models
+        )
+        # The tokens before some place are of the old weights, all that follow are of the new ones.
+        place = next((t for t, old in enumerate(under_old.tolist()) if not old), len(under_old))
+        assert under_new[place:].all()
+        assert rollout.policy_version == (0 if place else 1)
+        changed += 0 < place < len(under_old)
+    assert changed
+
+
+def test_the_stop_token_is_kept_with_its_logprob(local_ray, actor, models, bundles, prompts, stops):
+    local_ray.get(actor.update_weights.remote(bundles[1]))
+    rollouts = generate(local_ray, actor, prompts, num_samples=16, max_new_tokens=40)
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        assert len(rollout.logprobs) == len(rollout.token_ids)
+        assert not set(rollout.token_ids[:-1]) & set(stops)
+        assert rollout.stopped == (rollout.token_ids[-1] in stops)
+        assert rollout.stopped or len(rollout.token_ids) == 40
+        assert rollout.policy_version == 1
+    assert logprob_differences(models[1], rollouts, temperature=1.0).max() < TOLERANCE
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_sampled(local_ray, actor, prompts):
+    expected = generate(local_ray, actor, prompts)
+    for bad, message in {
+        (7, (1,) * 490): "prompt 7 does not fit: 490 tokens . max_new_tokens=24 > max_model_len=512",
+        (8, ()): "prompt 8 is empty",
+        (9, (1, 10**6)): "prompt 9 has token 1000000, outside the vocabulary",
+        (9, (1, -1)): "prompt 9 has token -1, outside the vocabulary",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            generate(local_ray, actor, [*prompts, bad])
+    for name, value in {"num_samples": 0, "max_new_tokens": 0, "temperature": -1.0}.items():
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            generate(local_ray, actor, prompts, **{name: value})
+    with pytest.raises(ValueError, match="temperature=0.001 must be 0"):
+        generate(local_ray, actor, prompts, temperature=0.001)
+    (edge,) = generate(local_ray, actor, [(1, [1] * 488)], num_samples=1)
+    assert edge.stopped or len(edge.token_ids) == 24
+    assert generate(local_ray, actor, prompts) == expected
+
+
+def test_info_tells_process_threads_and_memory(local_ray, actor):
+    info = local_ray.get(actor.info.remote())
+    assert info["pid"] != os.getpid()
+    assert info["omp_num_threads"] == 1
+    assert info["max_model_len"] == 512
+    assert info["rss_bytes"] > 1 << 20
+    assert info["import_seconds"] > 0 and info["init_seconds"] > 0
+
+
+def test_a_cancelled_call_leaves_nothing_in_the_engine(local_ray, mortal, prompts):
+    sampling = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 400, "step": 1}
+    assert local_ray.get(mortal.unfinished_after_cancel.remote(prompts, **sampling)) == 0
+    assert len(generate(local_ray, mortal, prompts)) == 8
+
+
+def test_a_broken_engine_tells_every_caller_and_ends_its_process(local_ray, mortal, prompts):
+    pid = local_ray.get(mortal.info.remote())["pid"]
+    sampling = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 400, "step": 1}
+    running = [mortal.generate.remote(prompts, **sampling) for _ in range(2)]
+    time.sleep(0.2)
+    started = time.monotonic()
+    local_ray.get(mortal.break_engine.remote())
+    for call in running:
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            local_ray.get(call)
+    assert time.monotonic() - started < EXIT_GRACE_S
+    wait_until_gone(pid)
+
+
+def test_no_process_outlives_a_killed_actor(local_ray, mortal):
+    pid = local_ray.get(mortal.info.remote())["pid"]
+    family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    local_ray.kill(mortal, no_restart=False)
+    for member in family:
+        wait_until_gone(member)
+
+
+def test_what_the_engine_relies_on_cannot_be_overridden(tiny_model_dir):
+    with pytest.raises(ValueError, match="engine.logprobs_mode cannot be set"):
+        VllmEngine(str(tiny_model_dir), stop_token_ids=[0], overrides={"logprobs_mode": "raw_logprobs"})
+
+
+def test_sample_seeds_are_stable_and_differ_in_every_part():
+    seeds = {sample_seed(*parts) for parts in [(1, 2, 3, 4, 5), (0, 2, 3, 4, 5), (1, 0, 3, 4, 5)]}
+    seeds |= {sample_seed(*parts) for parts in [(1, 2, 0, 4, 5), (1, 2, 3, 0, 5), (1, 2, 3, 4, 0)]}
+    assert len(seeds) == 6
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sample_seed(1, 2, 3, 4, 5) == 2909166240106498262
+
+
+def test_importing_the_role_imports_no_backend():
+    code = "import sys, actors.rollout; print(sorted({'vllm', 'ray', 'deepspeed'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
