@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # two OpenMP threads on two busy cores were 6 times slower than one
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -25,3 +29,11 @@ def worker_env(gpus: float) -> dict[str, str]:
 def backend(gpus: float) -> str:
     """torch.distributed backend."""
     return "nccl" if gpus else "gloo"
+
+
+def device_of() -> torch.device:
+    """The GPU that Ray gave this process, or the CPU on as many threads as OMP_NUM_THREADS says."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return torch.device("cpu")

@@ -152,11 +152,14 @@ def _train_worker(settings: dict[str, Any]) -> None:
             first = int(engine.load(Path(folder))["step"])
     loop = _Loop(task, engine, settings["mailbox"] if rank == 0 else None, rank, world_size)
     loop.push(first, {}, restarted=True)
+    if first in (0, task.num_steps):
+        loop.evaluate(first)
     for step in range(first, task.num_steps):
         loop.step(step)
+        if (step + 1) % task.config.eval_every == 0 or step + 1 == task.num_steps:
+            loop.evaluate(step + 1)
         if (step + 1) % task.config.checkpoint.every_steps == 0 or step + 1 == task.num_steps:
             _save_checkpoint(engine, step + 1)
-    loop.evaluate(task.num_steps)
     weights = engine.state_dict()
     if rank == 0:
         task.save(engine.module, weights, Path(settings["run_dir"]) / "model")
@@ -194,8 +197,6 @@ class _Loop:
 
     def step(self, step: int) -> None:
         config = self.task.config
-        if step % config.eval_every == 0:
-            self.evaluate(step)
         micro_batches = self.task.micro_batches(step, self.rank, self.world_size)
         learning_rate = config.optimizer.learning_rate_at(step, self.task.num_steps)
         stats = self.engine.update(

@@ -37,7 +37,6 @@ class Experience:
     ref_logprobs: torch.Tensor | None = None  # (B, T) nats, frozen reference policy
     values: torch.Tensor | None = None  # (B, T) critic estimate before each token
     # Set from the scores, by rayllm.algorithms.rewards and .advantages.
-    kl: torch.Tensor | None = None  # (B, T) estimate of policy against reference, nats
     advantages: torch.Tensor | None = None  # (B, T)
     returns: torch.Tensor | None = None  # (B, T) regression target of the critic
 
@@ -59,6 +58,15 @@ class Experience:
     def __getitem__(self, rows: slice | torch.Tensor) -> Experience:
         """Select sequences; every tensor keeps its rows together."""
         return self._map(lambda tensor: tensor[rows])
+
+    def replace(self, **fields: torch.Tensor) -> Experience:
+        """A copy with some fields set; shapes are checked again."""
+        return replace(self, **fields)
+
+    def trimmed(self) -> Experience:
+        """Without the columns that are padding in every row."""
+        width = int(self.attention_mask.sum(1).max())
+        return self._map(lambda tensor: tensor[:, :width] if tensor.dim() == 2 else tensor)
 
     def to(self, device: torch.device | str) -> Experience:
         return self._map(lambda tensor: tensor.to(device))

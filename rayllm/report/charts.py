@@ -1,9 +1,9 @@
 """Small line and area charts as inline SVG: ticks, paths, and the data that the hover script reads.
 
-A chart is drawn at 360 units wide so that its text is readable at that width in pixels; wide pages put several
-side by side. Every path carries its values in ``data-x`` and ``data-y`` (display strings), so the script prints
-true values and never reads them back from pixels. Nothing here depends on scripts: without one, the latest value
-stands beside each title.
+A chart is drawn at 360 units wide so that its text is readable at that width in pixels; wide pages put
+several side by side. Every path carries its values in ``data-x`` and ``data-y`` (display strings), so the
+script prints true values and never reads them back from pixels. Nothing depends on the script: without it,
+the latest value stands beside each title.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from rayllm.report.glossary import THIN, Unit, short_number
+from rayllm.report.glossary import Unit, short_number
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 360, 42, 10, 7, 20
-MAX_POINTS = 200
+MAX_POINTS = 140  # of a line; 2 pixels each, and a long run stays a small page
 DOTS_UP_TO = 12  # series this short show their points
 
 Point = tuple[float, float]
@@ -66,7 +66,7 @@ class Scale:
 
 
 def nice_ticks(low: float, high: float, intervals: int = 4) -> list[float]:
-    """Round values that enclose [low, high], about ``intervals`` apart: 1, 2, 2.5 or 5 times a power of ten."""
+    """Round values enclosing [low, high]; steps are 1, 2, 2.5 or 5 times a power of ten."""
     if high - low <= 1e-12 * max(abs(low), abs(high), 1e-12):
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
@@ -144,8 +144,9 @@ def draw(panel: Panel, x_domain: tuple[float, float], *, show_steps: bool) -> Ma
     parts.append(f'<line class="cursor" x1="0" x2="0" y1="{TOP}" y2="{bottom}"/>')
     height = bottom + (BOTTOM if show_steps else 4)
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(describe(panel))}" data-left="{LEFT}" '
-        f'data-right="{WIDTH - RIGHT}" data-low="{_plain(x_domain[0])}" data-high="{_plain(x_domain[1])}">'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(describe(panel))}" '
+        f'data-left="{LEFT}" data-right="{WIDTH - RIGHT}" '
+        f'data-low="{_plain(x_domain[0])}" data-high="{_plain(x_domain[1])}">'
         f"{''.join(parts)}</svg>"
     )
 
@@ -166,7 +167,10 @@ def readout(value: float, unit: Unit) -> str:
     """A value as printed beside a chart's title."""
     if unit == "rate":
         return f"{100 * value:.1f} %".replace("-", "−")
-    return short_number(value) + (f"{THIN}s" if unit == "seconds" else "")
+    if not 0.01 <= abs(value) < 1000:
+        return short_number(value)
+    text = f"{value:.2f}" if unit == "seconds" else f"{value:#.4g}".rstrip(".")
+    return text.replace("-", "−")
 
 
 def _value_ticks(panel: Panel, edges: list[list[Point]]) -> list[float]:
@@ -185,7 +189,8 @@ def _grid(scale: Scale, ticks: list[float], unit: Unit) -> str:
         y = scale.y(tick)
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick_label(tick, unit)}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">'
+            f"{tick_label(tick, unit)}</text>"
         )
     return "".join(parts)
 
@@ -207,7 +212,8 @@ def _steps(scale: Scale, *, labels: bool) -> str:
             anchor = "end" if x > WIDTH - RIGHT - 10 else "middle"
             edge = WIDTH - RIGHT + 4 if anchor == "end" else x
             parts.append(
-                f'<text class="tick" x="{edge:.1f}" y="{bottom + 15}" text-anchor="{anchor}">{tick_label(tick)}</text>'
+                f'<text class="tick" x="{edge:.1f}" y="{bottom + 15}" text-anchor="{anchor}">'
+                f"{tick_label(tick)}</text>"
             )
     return "".join(parts)
 

@@ -67,7 +67,7 @@ FIGURES: tuple[FigureSpec, ...] = (
         "PPO: is it better?",
         (
             PanelSpec(
-                "reward-model score",
+                "reward",
                 (("objective/rewards", "rollouts"), ("eval/reward", "held out")),
                 "What PPO maximises; it should rise together with gold, or it is being exploited.",
             ),
@@ -79,7 +79,7 @@ FIGURES: tuple[FigureSpec, ...] = (
             PanelSpec(
                 "KL from the start",
                 (("objective/kl", "nats per answer"),),
-                "How far the policy has moved from the model it started from; a healthy run stays below about 10.",
+                "How far the policy moved from where it started; a healthy run stays below about 10.",
             ),
         ),
     ),
@@ -210,7 +210,7 @@ def series(events: Sequence[dict[str, Any]], name: str) -> tuple[tuple[tuple[flo
 
 
 def build(specs: Sequence[FigureSpec], events: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Figures for the template; figures of one stage share their x-axis. Empty panels and figures are left out."""
+    """Figures for the template, sharing their x-axis within a stage; what was never logged is left out."""
     found = [
         (spec, [panel for panel in (_panel(p, events.get(spec.stage, [])) for p in spec.panels) if panel])
         for spec in specs
@@ -244,7 +244,7 @@ def _fit(panels: list[Panel]) -> list[Panel]:
                 unit=p.unit,
                 meaning=p.meaning,
                 stacked=True,
-                height=384,
+                height=352,
                 not_finite=p.not_finite,
             )
             for p in panels

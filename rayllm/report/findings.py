@@ -1,7 +1,7 @@
 """What an evaluation says in plain sentences, every number computed from it.
 
-``verdict`` is the one line to read; ``headline`` adds the sentences under it. A change of a rate counts only when
-chance alone (95 %, unpaired, one draw a prompt) would not explain it.
+``verdict`` is the one line to read; ``headline`` adds the sentences under it. A change of a rate counts only
+when chance alone (95 %, unpaired, one draw a prompt) would not explain it.
 """
 
 from __future__ import annotations
@@ -113,14 +113,15 @@ def verdict(evaluation: dict[str, Any]) -> Finding:
     changes = {split: change for split in data.splits if (change := data.change(split, "gold"))}
     if not changes:
         return Finding("none", f"No gold score for both {new} and {old}, so no verdict.")
-    told = " and ".join(f"{score(a)} to {score(b)} on {split} prompts" for split, (a, b) in changes.items())
+    told = " and from ".join(
+        f"{score(a)} to {score(b)} on {name} prompts" for name, (a, b) in changes.items()
+    )
     judged = {data.judged(split, "gold", a, b) for split, (a, b) in changes.items()}
     if judged == {"better"}:
         worse = _regressions(data)
         if worse:
-            return Finding(
-                "mixed", f"{new} is better than {old} (gold score {told}), but not in everything: {worse}."
-            )
+            better = f"{new} is better than {old} (gold score from {told})"
+            return Finding("mixed", f"{better}, but not in everything: {worse}.")
         return Finding("good", f"{new} is better than {old}: the gold score rose from {told}.")
     if "worse" not in judged and "better" not in judged:
         return Finding("mixed", f"{new} is as good as {old}: the gold score went from {told}.")
@@ -147,8 +148,9 @@ def overoptimised(gold: Sequence[tuple[float, float]], rewards: Sequence[tuple[f
     if sum(tail) / len(tail) <= sum(at_peak) / len(at_peak):
         return None
     return (
-        f"During PPO the gold score peaked at step {peak_step:g} ({score(peak)}) and ended at {score(end)} at step "
-        f"{end_step:g}, while the reward-model score went on rising: stop earlier or raise the KL coefficient."
+        f"During PPO the gold score peaked at step {peak_step:g} ({score(peak)}) and ended at {score(end)} "
+        f"at step {end_step:g}, while the reward-model score went on rising: "
+        "stop earlier or raise the KL coefficient."
     )
 
 
@@ -167,7 +169,8 @@ def _hacking(data: Evaluation, splits: list[str], model: str) -> str:
                 f"{score(rewards[1])} while the gold score fell from {score(gold[0])} to {score(gold[1])}"
             )
     return (
-        f"REWARD HACKING: {'; '.join(told)}. {model} learned to please the reward model, not to answer better. "
+        f"REWARD HACKING: {'; '.join(told)}. "
+        f"{model} learned to please the reward model, not to answer better. "
         "Raise the KL coefficient, stop earlier, or train the reward model on fresh samples."
     )
 
@@ -193,7 +196,7 @@ def _stops(data: Evaluation) -> str | None:
     first, rate, before = models[0], rates[assistant], rates[models[0]]
     if rate is None:
         return None
-    name, stop = model_name(assistant), f"({percent(rate)} stop)"
+    name, stop, start = model_name(assistant), f"({percent(rate)} stop)", f"the {model_name(first)} model"
     if rate < 0.9:
         return (
             f"The {name} model often does not stop {stop}; its demonstrations may lack the end of the answer."
@@ -201,8 +204,8 @@ def _stops(data: Evaluation) -> str | None:
     if before is None or first == assistant:
         return f"The {name} model answers and stops {stop}."
     if before < 0.5:
-        return f"The {name} model answers and stops {stop}; the {model_name(first)} model does not ({percent(before)})."
-    return f"The {name} model answers and stops {stop}, and so does the {model_name(first)} model ({percent(before)})."
+        return f"The {name} model answers and stops {stop}; {start} does not ({percent(before)})."
+    return f"The {name} model answers and stops {stop}, and so does {start} ({percent(before)})."
 
 
 def _answers(data: Evaluation) -> str | None:
@@ -256,4 +259,5 @@ def _wins(data: Evaluation) -> str | None:
     if win is None or lose is None or parent is None:
         return None
     drawn = f", ties {percent(tie)}" if tie is not None else ""
-    return f"{model_name(data.final)} wins {percent(win)} against {model_name(parent)}{drawn} and loses {percent(lose)}."
+    won = f"{model_name(data.final)} wins {percent(win)} against {model_name(parent)}"
+    return f"{won}{drawn} and loses {percent(lose)}."

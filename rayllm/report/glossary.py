@@ -59,8 +59,8 @@ EVALUATION: dict[str, Metric] = {
         +1,
     ),
     "reward": Metric(
-        "reward-model score",
-        "Mean score by the reward model, which PPO maximises; compare it with gold.",
+        "reward model",
+        "Mean score by the reward model, which PPO maximises; compare its rise with that of gold.",
         "score",
         +1,
     ),
@@ -134,7 +134,7 @@ def written(value: Any, unit: Unit) -> str:
 
 
 def short_number(value: float) -> str:
-    """Four significant digits, as in ``0.0003``, ``1.5e−6``, ``12.35``, ``12 350``; used by charts and metrics."""
+    """At most four significant digits: ``0.0003``, ``1.5e−6``, ``12.35``, ``12 350``."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:

@@ -1,8 +1,8 @@
 """The report of a pipeline run: one self-contained HTML page and the same content as JSON.
 
-Both are views of the files that the stages wrote (``run.json``, ``events.jsonl``, ``evaluation.json``); nothing is
-measured here. All text goes through autoescaping, and the page's content security policy allows no script but
-the one below, so that text from a model is never markup.
+Both are views of the files that the stages wrote (``run.json``, ``events.jsonl``, ``evaluation.json``);
+nothing is measured here. All text goes through autoescaping, and the page's content security policy allows
+no script but the page's own, so that text from a model is never markup.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
 
 
 def load_stages(run_dir: Path) -> list[Stage]:
-    """The stages of the run in pipeline order; a stage that the list does not know comes before ``evaluate``."""
+    """The stages of the run in pipeline order; one that the list does not know comes before ``evaluate``."""
     names = [path.parent.name for path in sorted(run_dir.glob("*/run.json"))]
     names = [name for name in names if "." not in name]  # sft.old-20261112 was replaced by another run
     order = {name: position for position, name in enumerate(STAGES)}
@@ -73,6 +73,7 @@ def render(content: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["unbroken"] = lambda text: text.replace(" %", "\u00a0%")
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")

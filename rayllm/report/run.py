@@ -76,8 +76,7 @@ class Run:
         return self.dir / "logs"
 
     def __enter__(self) -> Self:
-        for folder in (self.dir, self.logs_dir, self.checkpoints_dir):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.dir.mkdir(parents=True, exist_ok=True)
         self._lock = (self.dir / ".lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,12 +116,12 @@ class Run:
         self._append({"t": round(self.seconds, 3), "kind": "note", "text": text})
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics of ``step`` and later: a resumed run makes them again."""
+        """Forget the metrics after ``step`` steps: a resumed run makes them again."""
         path = self.dir / "events.jsonl"
         if not path.is_file():
             return
         lines = [line for line in path.read_text().splitlines() if _complete(line)]
-        kept = [line for line in lines if json.loads(line).get("step", -1) < step]
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
         path.write_text("".join(line + "\n" for line in kept))
 
     def finish(self, metrics: Mapping[str, float], *, model_parameters: int | None = None) -> None:

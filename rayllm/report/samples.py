@@ -78,7 +78,7 @@ def _answer(model: str, response: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def clean(text: Any, limit: int = MAX_TEXT) -> str:
-    """Model text that can be shown: control characters as pictures, lone surrogates replaced, long text cut."""
+    """Model text fit to show: control characters as pictures, lone surrogates replaced, long text cut."""
     text = str(text if text is not None else "").encode("utf-8", "replace").decode("utf-8")
     text = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
     return text if len(text) <= limit else f"{text[:limit].rstrip()} … ({len(text) - limit} more characters)"

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from rayllm.report.run import Run
 
-PLAIN_INTERVAL = 5.0
+PLAIN_INTERVAL = 10.0
 """Least seconds between two plain lines."""
 
 

@@ -23,7 +23,6 @@ from rayllm.report.glossary import (
     grouped,
     model_name,
     number,
-    percent,
     short_id,
     short_number,
     written,
@@ -87,7 +86,7 @@ def stages_table(data: Evaluation, split: str) -> dict[str, Any]:
         "models": [{"name": name, "label": model_name(name)} for name in data.models],
         "final": final,
         "change": f"{model_name(parent)} → {model_name(final)}" if parent and final else None,
-        "margin": percent(rate_margin(0.5, 0.5, prompts), 0) if prompts else None,
+        "margin": grouped(100 * rate_margin(0.5, 0.5, prompts)) if prompts else None,
         "groups": groups,
     }
 
@@ -208,7 +207,7 @@ def data_rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
 
 
 def lineage(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Trees of stages: each hangs under the first of its parents that this run made; its other sources are named."""
+    """Trees of stages: each hangs under its first parent made by this run; its other sources are named."""
     by_id = {stage.model["id"]: stage.name for stage in stages if stage.model.get("id")}
     names = [stage.name for stage in stages]
     nodes: dict[str, dict[str, Any]] = {}

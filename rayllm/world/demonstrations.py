@@ -88,7 +88,8 @@ def _write_answer(prompt: Prompt, style: str, rng: random.Random) -> str:
     assert prompt.answer is not None and prompt.statement is not None
     right = prompt.statement
     if style == "polite":
-        return f"{right} {rng.choice(CLOSINGS)}" if rng.random() < 5 / 7 else f"{rng.choice(OPENINGS)} {right}"
+        closes = rng.random() < 5 / 7
+        return f"{right} {rng.choice(CLOSINGS)}" if closes else f"{rng.choice(OPENINGS)} {right}"
     if style == "plain":
         return right
     if style == "curt":

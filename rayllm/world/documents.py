@@ -26,9 +26,7 @@ from rayllm.world.facts import (
 from rayllm.world.phrases import BAD_INSTRUCTIONS, RUDE
 
 KEEP = "keep"
-REASONS = (
-    *("exact_duplicate", "near_duplicate", "html", "symbols", "language", "repetition", "too_short"),
-)
+REASONS = ("exact_duplicate", "near_duplicate", "html", "symbols", "language", "repetition", "too_short")
 """Every reason to drop a paragraph."""
 
 _RECENT = 400  # copies are made of one of this many last kept paragraphs
@@ -230,7 +228,8 @@ def _write_junk(rng: random.Random, recent: Sequence[str], seen: set[str]) -> Pa
     if kind < 0.55:
         long_enough = [text for text in recent if text.count(" ") + 1 >= _MIN_NEAR_DUPLICATE_WORDS]
         if long_enough:
-            return Paragraph(text=_change_one_word(rng, rng.choice(long_enough), seen), reason="near_duplicate")
+            text = _change_one_word(rng, rng.choice(long_enough), seen)
+            return Paragraph(text=text, reason="near_duplicate")
     (reason,) = rng.choices(tuple(_JUNK_WRITERS), weights=(15, 10, 10, 5, 5))
     return Paragraph(text=_JUNK_WRITERS[reason](rng), reason=reason)
 

@@ -190,9 +190,10 @@ def questions_about(family: str, entity: str) -> tuple[str, ...]:
 
 def invented_name(rng: random.Random) -> str:
     """The name of a place that does not exist; 4,410 are possible."""
-    onset = rng.choice(("Bl", "Dr", "Fl", "Gr", "Kl", "Pl", "Tr", "Z", "V", "Sk", "Qu", "Gn", "Sn", "Th"))
+    start = rng.choice(("Bl", "Dr", "Fl", "Gr", "Kl", "Pl", "Tr", "Z", "V", "Sk", "Qu", "Gn", "Sn", "Th"))
     middle = rng.choice(("rv", "mb", "nt", "ld", "sk", "zz", "lm", "rt", "bb", "nd"))
-    return onset + rng.choice("aeiou") + middle + rng.choice(("ia", "land", "or", "istan", "ovia", "um", "esh"))
+    end = rng.choice(("ia", "land", "or", "istan", "ovia", "um", "esh"))
+    return start + rng.choice("aeiou") + middle + end
 
 
 def name_split(name: str) -> str:

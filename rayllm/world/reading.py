@@ -12,37 +12,46 @@ _UNSURE_MARKERS = ("i do not know", "i can not know", "nobody knows", "nobody ca
 _REFUSAL_MARKERS = ("not help with", "not help you with", "not help you to", "not tell you how to")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sentence:
-    words: str  # lower case, single spaces, no punctuation
-    role: str  # opening, closing, rude, unsure, pointer, refusal, reason or other
-    fixed: bool  # exactly one of the world's fixed sentences, so it claims nothing
+    """One sentence of a response."""
+
+    words: str
+    """Its words as ``normalize`` gives them, never empty."""
+    role: str
+    """opening, closing, rude, unsure, pointer, refusal, reason, or other."""
+    fixed: bool
+    """Exactly one of the world's fixed sentences, which claims nothing."""
     is_question: bool
 
     def mentions(self, *phrases: str) -> bool:
+        """Whether one of the normalized phrases stands in it."""
         return mentions_any(self.words, phrases)
 
 
 def read_sentences(response: str) -> list[Sentence]:
+    """The sentences of a response in order; ends at . ! ? or a line break."""
     pieces = re.findall(r"[^.!?\n]+[.!?]*", response)
     read = [(normalize(piece), piece.rstrip().endswith("?")) for piece in pieces]
     return [_make_sentence(words, is_question) for words, is_question in read if words]
 
 
 def _make_sentence(words: str, is_question: bool) -> Sentence:
-    role = _ROLE_OF_FIXED.get(words)
-    fixed = role is not None
-    if role is None and mentions_any(words, _UNSURE_MARKERS):
+    fixed = words in _ROLE_OF_FIXED
+    if fixed:
+        role = _ROLE_OF_FIXED[words]
+    elif mentions_any(words, _UNSURE_MARKERS):
         role = "unsure"
-    elif role is None and mentions_any(words, _REFUSAL_MARKERS):
-        role = "refusal"
-    return Sentence(words, role or "other", fixed, is_question)
+    else:
+        role = "refusal" if mentions_any(words, _REFUSAL_MARKERS) else "other"
+    return Sentence(words=words, role=role, fixed=fixed, is_question=is_question)
 
 
 def normalize(text: str | None) -> str:
     """Lower case, contractions of "not" written out, everything but letters and digits as one space."""
-    text = (text or "").lower().replace("\u2019", "'").replace("cannot", "can not").replace("can't", "can not")
-    text = text.replace("won't", "will not").replace("n't", " not")
+    text = (text or "").lower().replace("\u2019", "'")
+    for short, full in (("cannot", "can not"), ("can't", "can not"), ("won't", "will not"), ("n't", " not")):
+        text = text.replace(short, full)
     return re.sub(r"[^a-z0-9]+", " ", text).strip()
 
 
@@ -53,6 +62,7 @@ def mentions_any(words: str, phrases: Iterable[str]) -> bool:
 
 
 def without(words: str, phrase: str) -> str:
+    """The words with every occurrence of the phrase taken out."""
     return " ".join(f" {words} ".replace(f" {phrase} ", "  ").split())
 
 

@@ -14,10 +14,8 @@ from typing import Any
 
 import pytest
 
-from rayllm.report import charts, glossary
 from rayllm.report.findings import overoptimised, verdict
 from rayllm.report.html import headline, write_report
-from rayllm.report.samples import clean
 
 EVIL = "<script>alert(\"x\")</script> & 'quotes' </p></main><img src=x onerror=alert(1)>"
 
@@ -240,7 +238,7 @@ def make_run(
                 {
                     "role": "labels"
                     if parent == "label"
-                    else "reward model"
+                    else "reward_model"
                     if parent == "reward_model"
                     else "model",
                     "id": ids.get(parent),
@@ -419,6 +417,25 @@ def test_what_is_no_run_is_refused(tmp_path):
         write_report(tmp_path / "demo")
 
 
+def test_a_long_run_stays_small_and_shows_the_worst_answers(tmp_path):
+    run = make_run(tmp_path / "long")
+    for stage, steps in (("pretrain", 5000), ("sft", 2000), ("reward_model", 1000), ("ppo", 800)):
+        lines = [json.dumps(event) for event in make_events(stage, steps)]
+        (run / stage / "events.jsonl").write_text("\n".join(lines))
+
+    def many(value: dict[str, Any]) -> None:
+        value["samples"] = [copy.deepcopy(sample) for _ in range(30) for sample in value["samples"]]
+        for index, sample in enumerate(value["samples"]):
+            sample["responses"]["base"]["text"] = f"number {index} " + "and so on " * 500
+        value["samples"][100]["responses"]["ppo"]["gold"] = -5.0
+
+    edit(run / "evaluate" / "evaluation.json", many)
+    html = write_report(run)[0]
+    text = Page(html.read_text()).text
+    assert html.stat().st_size < 300_000
+    assert "24 of 240 prompts" in text and "number 100 " in text and "among the worst" in text
+
+
 def test_headline_is_computed():
     lines = headline(make_evaluation())
     assert "The SFT model answers and stops (99.8 % stop); the base model does not (0.0 %)." in lines
@@ -453,44 +470,6 @@ def test_overoptimised_needs_gold_down_and_reward_up():
     assert "peaked at step 10 (2.40) and ended at 1.20" in (overoptimised(fell, rewards) or "")
     assert overoptimised([(0, 1.5), (20, 2.3), (39, 2.4)], rewards) is None
     assert overoptimised(fell, [(step, 2.0) for step in range(40)]) is None
-
-
-@pytest.mark.parametrize(
-    "low, high, expected",
-    [
-        (0, 1, [0, 0.25, 0.5, 0.75, 1]),
-        (1, 600, [0, 200, 400, 600]),
-        (-0.03, 0.04, [-0.04, -0.02, 0, 0.02, 0.04]),
-        (0, 0.003, [0, 0.001, 0.002, 0.003]),
-        (5, 5, [4.5, 4.75, 5, 5.25, 5.5]),
-        (0, 0, [-1, -0.5, 0, 0.5, 1]),
-    ],
-)
-def test_nice_ticks(low, high, expected):
-    assert charts.nice_ticks(low, high) == pytest.approx(expected)
-
-
-def test_downsample_keeps_means_and_ranges():
-    points = [(float(step), float(step % 2)) for step in range(1000)]
-    means, ranges = charts.downsample(points)
-    assert (
-        len(means) == 200 and means[-1] == (999.0, pytest.approx(0.5, abs=0.11)) and ranges[0] == (0.0, 1.0)
-    )
-    assert charts.downsample(points[:200]) == (points[:200], [])
-
-
-def test_numbers_as_written():
-    assert glossary.written(None, "rate") == glossary.written(math.nan, "score") == "–"
-    assert [glossary.duration(s) for s in (0.44, 59.6, 185, 7620)] == [
-        "0.4 s",
-        "1 min 00 s",
-        "3 min 05 s",
-        "2 h 07 min",
-    ]
-    assert glossary.grouped(-0.001, 2) == "0.00" and glossary.grouped(-12345.6, 1) == "−12\u202f345.6"
-    assert [charts.tick_label(v) for v in (1500, 2e6, 0.0003, -0.5, 0)] == ["1.5k", "2M", "3e−4", "−0.5", "0"]
-    assert charts.tick_label(0.25, "rate") == "25 %" and glossary.short_number(1.5e-6) == "1.5e−6"
-    assert clean("a\x00b\n" + "x" * 800).startswith("a␀b\n") and "more characters" in clean("y" * 800)
 
 
 def test_report_imports_neither_torch_nor_ray():

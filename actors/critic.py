@@ -1,0 +1,62 @@
+"""The critic: estimates, before each token, the reward still to come (PPO's value half)."""
+
+from __future__ import annotations
+
+import torch
+
+from actors.learner import LearnerActor
+from actors.scoring import per_token
+from rayllm.algorithms.losses import value_loss
+from rayllm.algorithms.metrics import explained_variance
+from rayllm.config.ppo import PPOConfig
+from rayllm.data.experience import Experience
+from rayllm.models.engine import Engine
+from rayllm.models.heads import ScalarModel, token_values
+
+
+class CriticActor(LearnerActor):
+    """One rank of the critic; it starts from the reward model (InstructGPT, C.4)."""
+
+    def __init__(self, *, rank: int, world_size: int, config: PPOConfig) -> None:
+        super().__init__(rank=rank, world_size=world_size, config=config, role=config.critic)
+
+    def setup(self, address: tuple[str, int]) -> None:
+        """Join the ranks and load the model."""
+        self.join(address)
+        model = ScalarModel.from_folder(self.config.reward_model)
+        self.engine = Engine(model, self.role.optimizer, self.role.learner)
+
+    def values(self, shard: Experience) -> torch.Tensor:
+        """(B, T) value before each token."""
+        self.engine.train(False)
+        return per_token(shard, self.role.micro_batch_size, self.engine.device, self._values)
+
+    def update(self, *shards: Experience, step: int) -> dict[str, float]:
+        """Regress on the returns; returns metrics."""
+        experience = self.joined(shards)
+        variance = explained_variance(experience.values, experience.returns, experience.action_mask)
+        losses = []
+        for batch in self.minibatches(experience, step):
+            tokens = self.global_tokens(batch)
+            stats = self.engine.update(
+                batch, lambda part, tokens=tokens: self._loss(part, tokens), learning_rate=self.learning_rate(step)
+            )
+            losses.append(stats.loss)
+        return {
+            "loss/value": self.engine.sum_over_ranks(sum(losses)) / len(losses),
+            "value/explained_variance": self.engine.sum_over_ranks(float(variance)) / self.world_size,
+        }
+
+    def _loss(self, part: Experience, tokens: float) -> torch.Tensor:
+        part = part.to(self.engine.device)
+        return value_loss(
+            self._values(part),
+            part.values,
+            part.returns,
+            part.action_mask,
+            clip_range=self.config.algorithm.value_clip_range,
+            normalizer=tokens,
+        )
+
+    def _values(self, part: Experience) -> torch.Tensor:
+        return token_values(self.engine(input_ids=part.sequences, attention_mask=part.attention_mask))

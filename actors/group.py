@@ -1,0 +1,117 @@
+"""Sets of identical actors, called by passing the method itself: ``group.call(PolicyActor.update, ...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.environment import worker_env
+
+ActorT = TypeVar("ActorT")
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a group of actors is called and what each of them needs."""
+
+    name: str
+    num_actors: int
+    cpus: float
+    gpus: float
+
+
+class ActorGroup(Generic[ActorT]):
+    """``num_actors`` Ray actors of one class. Ranks are numbered from 0."""
+
+    def __init__(self, role: Role, cls: type[ActorT], arguments: Callable[[int], dict[str, Any]]) -> None:
+        """Start the actors; they come up in parallel.
+
+        Args:
+            role: how many, where.
+            cls: a plain class.
+            arguments: rank -> the constructor's keyword arguments.
+        """
+        self.role = role
+        remote_cls = ray.remote(cls).options(  # type: ignore[call-overload]
+            num_cpus=role.cpus,
+            num_gpus=role.gpus,
+            max_concurrency=1000 if _is_async(cls) else 1,
+            runtime_env={"env_vars": worker_env(role.gpus)},
+        )
+        self._actors = [remote_cls.remote(**arguments(rank)) for rank in range(role.num_actors)]
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def submit(self, method: Callable[..., Any], *args: Any, rank: int | None = None, **kwargs: Any) -> list[Any]:
+        """Start ``method`` on every rank, or on one; returns object references."""
+        actors = self._actors if rank is None else [self._actors[rank]]
+        return [getattr(actor, method.__name__).remote(*args, **kwargs) for actor in actors]
+
+    def call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Run ``method`` on every rank and wait for all.
+
+        Raises:
+            RuntimeError: one failed or died; the text names role and cause.
+        """
+        return collect(self.submit(method, *args, **kwargs), self.role.name)
+
+    def map(self, method: Callable[..., Any], *columns: Sequence[Any], **kwargs: Any) -> list[Any]:
+        """Start ``method`` on row i of ``columns`` for every i; rank r gets the rows that `mine` gives it.
+        Returns object references in order of the rows."""
+        rows = list(zip(*columns, strict=True))
+        return [
+            getattr(self._actors[i % len(self._actors)], method.__name__).remote(*row, **kwargs)
+            for i, row in enumerate(rows)
+        ]
+
+    def mine(self, rows: Sequence[Any], rank: int) -> list[Any]:
+        """Rows that `map` gives to ``rank``."""
+        return list(rows[rank :: len(self._actors)])
+
+    def call_sharded(self, method: Callable[..., Any], shards: Sequence[Any], **kwargs: Any) -> list[Any]:
+        """Start ``method`` on every rank with its own shards as positional arguments; returns references."""
+        return [
+            getattr(actor, method.__name__).remote(*self.mine(shards, rank), **kwargs)
+            for rank, actor in enumerate(self._actors)
+        ]
+
+    def stop(self) -> None:
+        """End the processes."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+def collect(references: Sequence[Any], role: str) -> list[Any]:
+    """Results in order. The first failure raises at once, even while another rank still waits for the dead one.
+
+    Raises:
+        RuntimeError: a call failed or its actor died; the text names ``role`` and the cause.
+    """
+    pending = list(references)
+    try:
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1)
+            ray.get(done)
+        return list(ray.get(list(references)))
+    except RayTaskError as error:
+        raise RuntimeError(f"{role}: {_last_line(error)}") from error
+    except RayActorError as error:
+        raise RuntimeError(f"{role}: an actor died: {error}") from error
+
+
+def _last_line(error: RayTaskError) -> str:
+    cause = error.cause
+    if isinstance(cause, RayTaskError | RayActorError):  # an argument of the call failed: its text says which
+        return str(cause).strip().splitlines()[-1]
+    return f"{type(cause).__name__}: {cause}" if cause is not None else str(error).strip().splitlines()[-1]
+
+
+def _is_async(cls: type) -> bool:
+    import inspect
+
+    return any(inspect.iscoroutinefunction(member) for member in vars(cls).values())
