@@ -140,3 +140,8 @@ def count_stored_parameters(path: Path) -> int:
         with safe_open(file, framework="pt") as tensors:
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     return total
+
+
+def max_positions(path: Path) -> int:
+    """Longest sequence that the model takes, in tokens."""
+    return int(AutoConfig.from_pretrained(str(path)).max_position_embeddings)

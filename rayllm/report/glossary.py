@@ -62,7 +62,7 @@ EVALUATION: dict[str, Metric] = {
         "reward model",
         "Mean score by the reward model, which PPO maximises; compare its rise with that of gold.",
         "score",
-        +1,
+        0,
     ),
     "win_rate": Metric(
         "win rate",

@@ -141,7 +141,7 @@ def _facts(stages: list[Stage], seconds: float) -> list[tuple[str, str]]:
     seeds = {
         str(seed): None for stage in stages if (seed := _seed(stage.record.get("config") or {})) is not None
     }
-    hardware = next(
+    hardware: Any = next(
         (stage.record["hardware"] for stage in reversed(stages) if stage.record.get("hardware")), {}
     )
     told = [f"{key.replace('_', ' ')} {value}" for key, value in _pairs(hardware)[:5]]

@@ -200,72 +200,58 @@ def make_events(stage: str, steps: int) -> list[dict[str, Any]]:
     return [*events, {"t": 9.0, "kind": "note", "text": f"saved {stage}"}]
 
 
-def make_run(
-    folder: Path,
-    stages: tuple[str, ...] = (
-        "world",
-        "tokenizer",
-        "pretrain",
-        "sft",
-        "label",
-        "reward_model",
-        "ppo",
-        "evaluate",
-    ),
-) -> Path:
-    ids = {"pretrain": "b" * 64, "sft": "5" * 64, "reward_model": "7" * 64, "ppo": "9" * 64}
-    parents = {
-        "sft": ("pretrain",),
-        "label": ("sft",),
-        "reward_model": ("sft", "label"),
-        "ppo": ("sft", "reward_model"),
+STAGES = ("world", "tokenizer", "pretrain", "sft", "label", "reward_model", "ppo", "evaluate")
+STEPS = {"pretrain": 600, "sft": 180, "reward_model": 125, "ppo": 40}
+IDS = {"pretrain": "b" * 64, "sft": "5" * 64, "reward_model": "7" * 64, "ppo": "9" * 64}
+PARENTS = {
+    "sft": {"model": "pretrain"},
+    "label": {"model": "sft"},
+    "reward_model": {"model": "sft", "labels": "label"},
+    "ppo": {"model": "sft", "reward_model": "reward_model"},
+}
+
+
+def make_record(stage: str, minute: int) -> dict[str, Any]:
+    model = {"id": IDS.get(stage), "path": f"runs/demo/{stage}/model", "parameters": 722_304}
+    data = {
+        "name": f"{stage}.jsonl",
+        "path": f"runs/demo/world/{stage}.jsonl",
+        "rows": 13_080,
+        "tokens": 520_000,
     }
-    steps = {"pretrain": 600, "sft": 180, "reward_model": 125, "ppo": 40}
-    for hour, stage in enumerate(stages):
-        record = {
-            "stage": stage,
-            "status": "done",
-            "started": f"2026-11-12T09:{hour:02d}:30+00:00",
-            "seconds": 7.5 + 31 * hour,
-            "command": f"rayllm {stage} quickstart/{stage}.yaml optimizer.learning_rate=0.002",
-            "error": None,
-            "config": {"seed": 7, "optimizer": {"learning_rate": 0.002}},
-            "changed": {
-                "optimizer.learning_rate": {"value": 0.002, "default": 0.001, "origin": "command line"},
-                "model.parent": {"value": "runs/x", "default": None, "origin": "pipeline"},
-            },
-            "parents": [
-                {
-                    "role": "labels"
-                    if parent == "label"
-                    else "reward_model"
-                    if parent == "reward_model"
-                    else "model",
-                    "id": ids.get(parent),
-                    "path": f"runs/demo/{parent}",
-                }
-                for parent in parents.get(stage, ())
-            ],
-            "data": [
-                {
-                    "name": f"{stage}.jsonl",
-                    "path": f"runs/demo/world/{stage}.jsonl",
-                    "rows": 13_080,
-                    "tokens": 520_000,
-                    "dropped": {"near_duplicate": 4021, "too_short": 12, "other language": 310},
-                    "sha256": "c0ffee" * 10,
-                }
-            ],
-            "metrics": {"train/loss": 1.234567, "tokens": 1_250_000},
-            "model": {"id": ids[stage], "path": f"runs/demo/{stage}/model", "parameters": 722_304}
-            if stage in ids
-            else None,
-            "versions": {"python": "3.11.9", "torch": "2.9.0"},
-            "hardware": {"cpu": "EPYC 7763", "cores": 2, "gpus": []},
-        }
+    data |= {
+        "dropped": {"near_duplicate": 4021, "too_short": 12, "other language": 310},
+        "sha256": "c0ffee" * 10,
+    }
+    return {
+        "stage": stage,
+        "status": "done",
+        "started": f"2026-11-12T09:{minute:02d}:30+00:00",
+        "seconds": 7.5 + 31 * minute,
+        "command": f"rayllm {stage} quickstart/{stage}.yaml optimizer.learning_rate=0.002",
+        "error": None,
+        "config": {"seed": 7, "optimizer": {"learning_rate": 0.002}},
+        "changed": {
+            "optimizer.learning_rate": {"value": 0.002, "default": 0.001, "origin": "command line"},
+            "model.parent": {"value": "runs/x", "default": None, "origin": "pipeline"},
+        },
+        "parents": [
+            {"role": role, "id": IDS.get(parent), "path": f"runs/demo/{parent}"}
+            for role, parent in PARENTS.get(stage, {}).items()
+        ],
+        "data": [data],
+        "metrics": {"train/loss": 1.234567, "tokens": 1_250_000},
+        "model": model if stage in IDS else None,
+        "versions": {"python": "3.11.9", "torch": "2.9.0"},
+        "hardware": {"cpu": "EPYC 7763", "cores": 2, "gpus": []},
+    }
+
+
+def make_run(folder: Path, stages: tuple[str, ...] = STAGES) -> Path:
+    for minute, stage in enumerate(stages):
         (folder / stage).mkdir(parents=True)
-        (folder / stage / "run.json").write_text(json.dumps(record))
-        lines = [json.dumps(event) for event in make_events(stage, steps.get(stage, 0))]
+        (folder / stage / "run.json").write_text(json.dumps(make_record(stage, minute)))
+        lines = [json.dumps(event) for event in make_events(stage, STEPS.get(stage, 0))]
         (folder / stage / "events.jsonl").write_text("\n".join(lines) + "\n")
     if "evaluate" in stages:
         (folder / "evaluate" / "evaluation.json").write_text(json.dumps(make_evaluation()))
