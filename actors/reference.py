@@ -29,13 +29,20 @@ class ReferenceActor:
         return per_token(shard, self.micro_batch_size, self.device, self._logprobs)
 
     @torch.no_grad()
-    def mean_nats(self, rows: torch.Tensor) -> float:
-        """Mean loss per predicted token of (R, T) int64 rows of text, at temperature 1."""
+    def bits_per_byte(self, model: str, text: tuple[torch.Tensor, float]) -> float:
+        """Load ``model`` and measure it on text.
+
+        Args:
+            model: a model folder.
+            text: (R, T) int64 rows of text, and the factor from nats per token to bits per byte.
+        """
+        self.load(model)
+        rows, factor = text
         total = 0.0
         for part in rows.split(self.micro_batch_size):
             part = part.to(self.device)
             total += float(language_model_loss(self.model(input_ids=part).logits, part)) * len(part)
-        return total / len(rows)
+        return total / len(rows) * factor
 
     def _logprobs(self, part: Experience) -> torch.Tensor:
         logits = self.model(input_ids=part.sequences, attention_mask=part.attention_mask).logits

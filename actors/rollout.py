@@ -17,7 +17,8 @@ import torch
 
 from actors.vllm_engine import Request, VllmEngine, set_environment
 from actors.weights import WeightBundle, read_safetensors, safetensors_shapes, unpack, verify
-from rayllm.data.rollout import Rollout
+from rayllm.data.experience import Experience
+from rayllm.data.rollout import Rollout, collate
 
 MIN_TEMPERATURE = 0.01
 """vLLM raises what lies between 0 and this, and says so in its log only."""
@@ -52,10 +53,12 @@ class RolloutActor:
         from rayllm.data.tokenizer import stop_token_ids
         from rayllm.models.loading import load_tokenizer
 
+        tokenizer = load_tokenizer(model_dir)
         self._seed = seed
-        self._engine = VllmEngine(
-            model_dir, stop_token_ids=stop_token_ids(load_tokenizer(model_dir)), overrides=engine
-        )
+        self._pad_token_id = int(tokenizer.pad_token_id)
+        self._prompts: list[list[int]] = []
+        self._sampling: dict[str, Any] = {}
+        self._engine = VllmEngine(model_dir, stop_token_ids=stop_token_ids(tokenizer), overrides=engine)
 
     async def generate(
         self,
@@ -105,6 +108,25 @@ class RolloutActor:
             )
             for place, response in enumerate(responses)
         ]
+
+    async def set_prompts(
+        self, prompts: list[list[int]], *, num_samples: int, temperature: float, max_new_tokens: int
+    ) -> None:
+        """Keep the training prompts and how to sample them, so that a step is asked for by numbers only.
+
+        Args:
+            prompts: token ids; the prompt id is the index.
+        """
+        self._prompts = prompts
+        self._sampling = {
+            "num_samples": num_samples, "temperature": temperature, "max_new_tokens": max_new_tokens
+        }
+
+    async def experience(self, prompt_ids: list[int], *, step: int) -> Experience:
+        """Sample responses to some of the kept prompts and put them into one batch."""
+        prompts = [(prompt_id, self._prompts[prompt_id]) for prompt_id in prompt_ids]
+        rollouts = await self.generate(prompts, step=step, **self._sampling)
+        return collate(rollouts, pad_token_id=self._pad_token_id)
 
     async def update_weights(self, bundle: WeightBundle | list[Awaitable[WeightBundle]]) -> int:
         """Replace the weights between two engine steps and drop the prefix cache; returns their version.
@@ -183,7 +205,7 @@ class RolloutActor:
 def sample_seed(seed: int, step: int, prompt_id: int, sample: int, occurrence: int) -> int:
     """63 bits that name one sample of a run.
 
-    Hashed, since neighbouring seeds of vLLM's generators would be shared between the samples of two prompts.
+    Hashed: vLLM seeds the samples of one request consecutively, and plain sums would collide between prompts.
     """
     text = f"{seed}/{step}/{prompt_id}/{sample}/{occurrence}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

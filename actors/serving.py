@@ -17,6 +17,7 @@ import difflib
 import hashlib
 import hmac
 import json
+import os
 import types
 from argparse import Namespace
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from actors.engine_guard import REPLICA_PID
 from rayllm.config.serve import ServeConfig
 
 DEPLOYMENT = "ModelServer"
@@ -56,6 +58,7 @@ class ModelServer:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        os.environ[REPLICA_PID] = str(os.getpid())  # the engine's processes end when this one is killed
         self._api_key_sha256 = api_key_sha256
         self._args = server_namespace(arguments)
         self._engine = AsyncLLM.from_engine_args(
@@ -151,6 +154,7 @@ def vllm_arguments(config: ServeConfig, *, model_name: str) -> dict[str, Any]:
         "model": str(config.model.resolve()),
         "served_model_name": [model_name],
         "generation_config": "vllm",
+        "worker_extension_cls": "actors.engine_guard.EngineGuard",
         "uvicorn_log_level": "warning",
     }
     arguments |= _cuda_arguments(config) if config.gpus_per_replica else _cpu_arguments(config)

@@ -101,7 +101,7 @@ def set_environment() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if this_device() == "cpu":
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the sampler compiles even in eager mode: 10 s
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin on shared cores cost 5-25x
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that spin on busy cores cost 5-25x
         set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

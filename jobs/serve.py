@@ -61,46 +61,39 @@ def run(config: ServeConfig, *, ready: Callable[[str], None] | None = None) -> N
     api_key = None if config.api_key_file is None else read_api_key(config.api_key_file)
     check_port_free(config.host, config.port)
     console = Console(highlight=False)
-    owns_ray = not ray.is_initialized()
     stopped: Stop | None = None
     with _signals_raise_stop() as catch_signals:
         try:
-            _serve(config, api_key, console, ready, owns_ray, catch_signals)
+            with _ray(catch_signals):
+                _serve(config, api_key, console, ready)
         except Stop as stop:
             stopped = stop
-            console.print("\nStopping ...")
-        finally:
-            _stop_all(owns_ray)
     if stopped is not None and stopped.signum == signal.SIGINT:
         raise SystemExit(130)
 
 
 def _serve(
-    config: ServeConfig,
-    api_key: str | None,
-    console: Console,
-    ready: Callable[[str], None] | None,
-    owns_ray: bool,
-    catch_signals: Callable[[], None],
+    config: ServeConfig, api_key: str | None, console: Console, ready: Callable[[str], None] | None
 ) -> None:
     """Start everything, announce it and watch it; ends only by an exception."""
     name = config.served_model_name or model_name(config.model)
     url = base_url(config.host, config.port)
     start = time.monotonic()
-    with console.status(f"Loading {config.model} ..."):
-        if owns_ray:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="warning")
-            catch_signals()  # Ray put its own SIGTERM handler in place
-        _check_resources(config)
-        _deploy(config, name, api_key)
-        deadline = start + config.start_timeout_s
-        _wait_until_loaded(config, deadline)
-        _wait_until_up(url, api_key, deadline)
-    text = announcement(config, name, url, seconds=time.monotonic() - start)
-    console.print(text, markup=False, soft_wrap=True)
-    if ready is not None:
-        ready(url)
-    _watch(console)
+    deadline = start + config.start_timeout_s
+    try:
+        with console.status(f"Loading {config.model} ..."):
+            _check_resources(config)
+            _deploy(config, name, api_key)
+            _wait_until_loaded(config, deadline)
+            _wait_until_up(url, api_key, deadline)
+        text = announcement(config, name, url, seconds=time.monotonic() - start)
+        console.print(text, markup=False, soft_wrap=True)
+        if ready is not None:
+            ready(url)
+        _watch(console)
+    except Stop:
+        console.print("\nStopping ...")
+        raise
 
 
 def model_name(model: Path) -> str:
@@ -166,9 +159,7 @@ def base_url(host: str, port: int) -> str:
 
 
 def _check_resources(config: ServeConfig) -> None:
-    """Raise InputError if the replicas can never be placed, or if Serve already runs on another port."""
-    if serve.status().proxies:
-        raise InputError("port: this Ray cluster already runs Ray Serve; stop it first (`serve shutdown`)")
+    """Raise InputError if the replicas can never be placed."""
     have = ray.cluster_resources()
     for resource, each in (("CPU", config.cpus_per_replica), ("GPU", config.gpus_per_replica)):
         need, found = each * config.num_replicas, have.get(resource, 0)
@@ -294,30 +285,63 @@ def _signals_raise_stop() -> Iterator[Callable[[], None]]:
             signal.signal(signum, handler)
 
 
-def _stop_all(owns_ray: bool) -> None:
-    """Stop the replicas, then Ray if this job started it, then whatever is left of its processes.
+@contextmanager
+def _ray(catch_signals: Callable[[], None]) -> Iterator[None]:
+    """Ray and, at the end, no Serve; a cluster that was started here ends with all its processes.
 
     Requests under way may finish (20 s); a second Ctrl-C cuts them off.
     """
-    started = psutil.Process().children(recursive=True) if owns_ray else []
-    with suppress(Stop):
-        if ray.is_initialized():
-            _stop_serve(owns_ray)
-    if not owns_ray:
+    if ray.is_initialized():
+        if serve.status().proxies:  # its port cannot be changed, and it is not ours to stop
+            raise InputError("port: this Ray cluster already runs Ray Serve; stop it first (`serve shutdown`)")
+        try:
+            yield
+        finally:
+            _stop_app()
+            serve.shutdown()
         return
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        with suppress(ValueError):  # not in the main thread
+    try:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
+        catch_signals()  # Ray put its own SIGTERM handler in place
+        yield
+    finally:
+        started = psutil.Process().children(recursive=True)
+        if _cluster_lives(started):
+            with suppress(Stop):
+                _stop_app()
+            _ignore_signals()
+            ray.shutdown()
+        _ignore_signals()
+        _end(started)
+
+
+def _stop_app() -> None:
+    """Returns when the replicas, and with them the engines, have ended."""
+    if APP in serve.status().applications:
+        serve.delete(APP)
+
+
+def _cluster_lives(processes: list[psutil.Process]) -> bool:
+    """Whether Ray's two daemons run: whoever stopped this job may have signalled the whole process group."""
+    time.sleep(0.5)
+    names = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                names.append(process.name())
+    return "raylet" in names and "gcs_server" in names
+
+
+def _ignore_signals() -> None:
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)
-    ray.shutdown()
-    _, alive = psutil.wait_procs(started, timeout=KILL_AFTER_S)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Wait for processes that are told to end, then kill what is left."""
+    _, alive = psutil.wait_procs(processes, timeout=KILL_AFTER_S)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=KILL_AFTER_S)
-
-
-def _stop_serve(owns_ray: bool) -> None:
-    if APP in serve.status().applications:
-        serve.delete(APP)  # returns when the replicas, and with them the engines, have ended
-    if not owns_ray:
-        serve.shutdown()

@@ -63,6 +63,18 @@ class Run:
         self.resuming = before is not None and not self.done
         self.record: dict[str, Any] = before if before is not None else self._new_record()
 
+    @staticmethod
+    def is_done(stage: str, loaded: Loaded[Any]) -> bool:
+        """Whether the folder holds a finished run of this very kind; changes nothing."""
+        record = read_run(loaded.config.run_dir)
+        if record is None or record["status"] != "done":
+            return False
+        inputs = config_inputs(loaded.config)
+        if not all(path.exists() for path in inputs.values()):
+            return False
+        ids = {key: content_id(path) for key, path in inputs.items()}
+        return bool(record["fingerprint"] == fingerprint(stage, loaded.config, ids))
+
     @property
     def model_dir(self) -> Path:
         return self.dir / "model"

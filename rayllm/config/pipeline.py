@@ -1,0 +1,101 @@
+"""Config of the `pipeline` job: every stage's own config, wired together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from rayllm.config.base import Config
+from rayllm.config.evaluate import EvaluateConfig
+from rayllm.config.label import LabelConfig
+from rayllm.config.ppo import PPOConfig
+from rayllm.config.pretrain import PretrainConfig
+from rayllm.config.reward_model import RewardModelConfig
+from rayllm.config.sft import SftConfig
+from rayllm.config.tokenizer import TokenizerConfig
+from rayllm.config.world import WorldConfig
+
+WIRING: dict[str, dict[str, Any]] = {
+    "world": {},
+    "tokenizer": {"documents": "world/documents.parquet"},
+    "pretrain": {
+        "documents": "world/documents.parquet",
+        "heldout": "world/heldout_documents.parquet",
+        "tokenizer": "tokenizer/model",
+    },
+    "sft": {"model": "pretrain/model", "data": "world/demonstrations.parquet"},
+    "label": {
+        "model": "sft/model",
+        "prompts": "world/prompts_train.parquet",
+        "heldout_prompts": "world/prompts_label.parquet",
+    },
+    "reward_model": {
+        "model": "sft/model",
+        "rankings": "label/rankings.parquet",
+        "heldout_rankings": "label/heldout_rankings.parquet",
+    },
+    "ppo": {
+        "model": "sft/model",
+        "reward_model": "reward_model/model",
+        "prompts": "world/prompts_train.parquet",
+        "eval": {"prompts": "world/prompts_new.parquet"},
+    },
+    "evaluate": {
+        "models": {"base": "pretrain/model", "sft": "sft/model", "ppo": "ppo/model"},
+        "reward_model": "reward_model/model",
+        "prompts": {"new": "world/prompts_new.parquet", "held": "world/prompts_held.parquet"},
+        "heldout_documents": "world/heldout_documents.parquet",
+    },
+}
+"""Stage -> its inputs, as paths below the pipeline's run_dir. A stage's section may name other files instead."""
+
+
+class PipelineConfig(Config):
+    run_dir: Path
+    """Folder of the whole run; each stage gets a folder below it."""
+
+    seed: int = 0
+    """Seed of every stage that names none."""
+
+    world: WorldConfig
+    tokenizer: TokenizerConfig
+    pretrain: PretrainConfig
+    sft: SftConfig
+    label: LabelConfig
+    reward_model: RewardModelConfig
+    ppo: PPOConfig
+    evaluate: EvaluateConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wire(cls, tree: Any) -> Any:
+        """Fill in what the stages take from each other."""
+        if not isinstance(tree, dict) or "run_dir" not in tree:
+            return tree
+        root = Path(tree["run_dir"])
+        wired = dict(tree)
+        for stage, inputs in WIRING.items():
+            given = tree.get(stage) or {}
+            if not isinstance(given, dict):
+                continue
+            usual = {
+                "run_dir": str(root / stage), "seed": tree.get("seed", 0), "overwrite": True, **_below(root, inputs)
+            }
+            if stage == "sft" and given.get("replay"):
+                usual["replay"] = {"documents": str(root / "world/documents.parquet")}
+            wired[stage] = _fill(usual, given)
+        return wired
+
+
+def _below(root: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    return {key: _below(root, v) if isinstance(v, dict) else str(root / v) for key, v in inputs.items()}
+
+
+def _fill(usual: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    filled = dict(usual)
+    for key, value in given.items():
+        below = usual.get(key)
+        filled[key] = _fill(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return filled
