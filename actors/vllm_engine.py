@@ -82,6 +82,9 @@ def default_engine_args(device: str) -> dict[str, Any]:
         "enforce_eager": True,
         "kv_cache_memory_bytes": 128 << 20,  # an explicit size also skips a warm-up pass
         "block_size": 32,  # vLLM's 128 shares no prefix of a short prompt
+        # A prompt cut by the batch's token budget makes vLLM turn back the request's random generator, which
+        # generators on CPU cannot do: the engine would stop.
+        "enable_chunked_prefill": False,
     }
 
 

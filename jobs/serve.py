@@ -300,19 +300,21 @@ def _ray(catch_signals: Callable[[], None]) -> Iterator[None]:
             _stop_app()
             serve.shutdown()
         return
+    before = set(psutil.Process().children(recursive=True))
     try:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
         catch_signals()  # Ray put its own SIGTERM handler in place
         yield
     finally:
-        started = psutil.Process().children(recursive=True)
-        if _cluster_lives(started):
+        started = [p for p in psutil.Process().children(recursive=True) if p not in before]
+        if _cluster_dies(started):  # Ray's calls would wait a minute for an answer
+            _end(started, after=0)
+        elif ray.is_initialized():
             with suppress(Stop):
                 _stop_app()
-            _ignore_signals()
-            ray.shutdown()
         _ignore_signals()
-        _end(started)
+        ray.shutdown()
+        _end(started, after=KILL_AFTER_S)
 
 
 def _stop_app() -> None:
@@ -321,15 +323,17 @@ def _stop_app() -> None:
         serve.delete(APP)
 
 
-def _cluster_lives(processes: list[psutil.Process]) -> bool:
-    """Whether Ray's two daemons run: whoever stopped this job may have signalled the whole process group."""
+def _cluster_dies(processes: list[psutil.Process]) -> bool:
+    """Whether who stopped this job has signalled Ray's processes too, as `kill -- -GROUP` and systemd do."""
     time.sleep(0.5)
-    names = []
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                names.append(process.name())
-    return "raylet" in names and "gcs_server" in names
+    return any(not _is_running(process) for process in processes)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _ignore_signals() -> None:
@@ -338,9 +342,9 @@ def _ignore_signals() -> None:
             signal.signal(signum, signal.SIG_IGN)
 
 
-def _end(processes: list[psutil.Process]) -> None:
-    """Wait for processes that are told to end, then kill what is left."""
-    _, alive = psutil.wait_procs(processes, timeout=KILL_AFTER_S)
+def _end(processes: list[psutil.Process], *, after: float) -> None:
+    """Kill the processes that have not ended by themselves ``after`` seconds from now."""
+    _, alive = psutil.wait_procs(processes, timeout=after)
     for process in alive:
         with suppress(psutil.NoSuchProcess):
             process.kill()
