@@ -1,7 +1,7 @@
 """Ends vLLM's processes when the Serve replica that started them is gone.
 
-A replica that is killed outright (out of memory, a lost Ray node manager) cannot stop its engine, whose process
-would hold its memory for ever. vLLM imports this module, as its worker extension, in every process that holds
+A replica that is killed outright (out of memory, a lost raylet) cannot stop its engine, whose process would
+hold its memory for ever. vLLM imports this module, as its worker extension, in every process that holds
 weights; the import starts a thread that watches the replica.
 """
 

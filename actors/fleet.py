@@ -20,7 +20,7 @@ def rollout_role(config: RolloutConfig) -> Role:
 
 def start_rollout_actors(config: RolloutConfig, model: Path, *, seed: int) -> ActorGroup[RolloutActor]:
     """Start the engines on a model folder; all sample with one seed, so that it does not matter who gets a prompt."""
-    arguments = {"model_dir": str(model.absolute()), "engine": config.engine, "seed": seed}
+    arguments = {"model_dir": str(model), "engine": config.engine, "seed": seed}
     return ActorGroup(rollout_role(config), RolloutActor, lambda rank: arguments)
 
 

@@ -18,26 +18,32 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import types
 from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from ray import serve
 from ray.serve import Application
 
 from actors.engine_guard import REPLICA_PID
 from rayllm.config.serve import ServeConfig
+from rayllm.errors import InputError
 
 DEPLOYMENT = "ModelServer"
 CPU_KV_CACHE_BYTES = 512 * 1024**2
 OPEN_PATHS = ("/health",)
 BAD_ARGUMENT = "engine argument refused: "
-"""Begins the message of errors in the replica that come from the user's config."""
+LOAD_FAILED = "engine did not start: "
+"""How the messages of errors in a replica begin: those of the user's config, and others."""
 
 
 @serve.deployment(
     name=DEPLOYMENT,
-    health_check_period_s=2,  # three failures in a row replace the replica
+    health_check_period_s=1,  # three failures in a row replace the replica
     health_check_timeout_s=30,
     graceful_shutdown_timeout_s=20,  # requests under way may finish
     graceful_shutdown_wait_loop_s=0.2,
@@ -55,15 +61,24 @@ class ModelServer:
             api_key_sha256: hex digest of the key that clients must send; None lets everyone in.
         """
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         os.environ[REPLICA_PID] = str(os.getpid())  # the engine's processes end when this one is killed
         self._api_key_sha256 = api_key_sha256
         self._args = server_namespace(arguments)
-        self._engine = AsyncLLM.from_engine_args(
-            AsyncEngineArgs.from_cli_args(self._args), usage_context=UsageContext.OPENAI_API_SERVER
-        )
+        try:
+            engine_args = AsyncEngineArgs.from_cli_args(self._args)
+            config = engine_args.create_engine_config()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{BAD_ARGUMENT}engine: {_one_line(error)}") from error
+        try:
+            self._engine = AsyncLLM.from_vllm_config(
+                config,
+                enable_log_requests=engine_args.enable_log_requests,
+                disable_log_stats=engine_args.disable_log_stats,
+            )
+        except RuntimeError as error:
+            raise RuntimeError(LOAD_FAILED + (_engine_error() or _one_line(error))) from error
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve calls this once, after the constructor, to get the app that answers requests."""
@@ -74,9 +89,7 @@ class ModelServer:
         app = build_app(self._args, supported_tasks=tasks, model_config=self._engine.model_config)
         await init_app_state(self._engine, app.state, self._args, tasks)
         app.state.server = types.SimpleNamespace()  # vLLM flags a dead engine here, for its own launcher
-        if self._api_key_sha256 is not None:
-            app.add_middleware(ApiKeyMiddleware, sha256=self._api_key_sha256)
-        return app
+        return app if self._api_key_sha256 is None else ApiKeyMiddleware(app, sha256=self._api_key_sha256)
 
     async def check_health(self) -> None:
         """Raises when the engine is dead."""
@@ -113,6 +126,23 @@ class ApiKeyMiddleware:
         return scheme.lower() == b"bearer" and hmac.compare_digest(key_digest(token.strip()), self._sha256)
 
 
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return " ".join(str(error).split())
+
+
+def _engine_error() -> str | None:
+    """The last exception in this process's log; the engine's process writes there too, and vLLM says only
+    "see root cause above"."""
+    try:
+        log = Path(os.readlink("/proc/self/fd/2")).read_text(errors="replace")
+    except OSError:
+        return None
+    found = re.findall(r"^(?:\(.*?\) )?\w*(?:Error|Exception): .+", log[-100_000:], flags=re.MULTILINE)
+    return found[-1] if found else None
+
+
 async def _send_unauthorized(send: Any) -> None:
     error = {"message": "Missing or wrong API key", "type": "invalid_request_error", "code": 401}
     body = json.dumps({"error": error}).encode()
@@ -125,13 +155,45 @@ async def _send_unauthorized(send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+def model_name(config: ServeConfig) -> str:
+    """The name that clients use: as configured, else the stage in the lineage, else the folder's name."""
+    if config.served_model_name is not None:
+        return config.served_model_name
+    with suppress(OSError, ValueError, AttributeError):
+        stage = json.loads((config.model / "lineage.json").read_text(encoding="utf-8")).get("stage")
+        if isinstance(stage, str) and stage:
+            return stage
+    return config.model.resolve().name
+
+
+def read_api_key(path: Path) -> str:
+    """The key in ``path``, white space around it left out.
+
+    Raises:
+        InputError: no such file, nothing in it, or a character that no HTTP header can carry.
+    """
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise InputError(f"api_key_file: cannot read {path}: {reason}") from None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"api_key_file: {path} must hold one key: printable ASCII without spaces")
+    return key
+
+
 def key_digest(key: bytes) -> str:
     """Hex SHA-256 of an API key."""
     return hashlib.sha256(key).hexdigest()
 
 
-def application(config: ServeConfig, *, model_name: str, api_key: str | None) -> Application:
-    """The Serve application for ``config``, with absolute paths, ready for ``serve.run``."""
+def application(config: ServeConfig) -> Application:
+    """What ``serve.run`` takes.
+
+    Raises:
+        InputError: the key file cannot be used.
+    """
+    key = None if config.api_key_file is None else key_digest(read_api_key(config.api_key_file).encode())
     return ModelServer.options(
         num_replicas=config.num_replicas,
         max_ongoing_requests=config.max_concurrent_requests,
@@ -142,17 +204,22 @@ def application(config: ServeConfig, *, model_name: str, api_key: str | None) ->
             "num_gpus": config.gpus_per_replica,
             "runtime_env": {"env_vars": replica_environment(config)},
         },
-    ).bind(
-        vllm_arguments(config, model_name=model_name),
-        None if api_key is None else key_digest(api_key.encode()),
-    )
+    ).bind(vllm_arguments(config), key)
 
 
-def vllm_arguments(config: ServeConfig, *, model_name: str) -> dict[str, Any]:
+def build_app(args: dict[str, Any]) -> Application:
+    """For a Serve config file: ``import_path: actors.serving:build_app``, ServeConfig's keys under ``args``.
+
+    The file's own ``http_options`` say where to listen; ``host`` and ``port`` have no effect there.
+    """
+    return application(ServeConfig.model_validate(args))
+
+
+def vllm_arguments(config: ServeConfig) -> dict[str, Any]:
     """vLLM arguments of a replica: defaults for the device, then ``config.engine`` on top."""
     arguments = {
         "model": str(config.model.resolve()),
-        "served_model_name": [model_name],
+        "served_model_name": [model_name(config)],
         "generation_config": "vllm",
         "worker_extension_cls": "actors.engine_guard.EngineGuard",
         "uvicorn_log_level": "warning",

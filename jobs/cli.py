@@ -19,6 +19,9 @@ from rich.table import Table
 from rayllm.config.base import Config, describe_fields, load_config
 from rayllm.errors import InputError
 
+LOG_WIDTH = 140
+"""Columns of tables and paragraphs when the output goes to a file or a pipe."""
+
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 
@@ -54,6 +57,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM."""
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print_overview(console)
@@ -95,7 +100,8 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
     if parsed.address:
         from jobs.submit import submit
 
-        return submit(name, arguments, parsed.address, console)
+        given = ["--config", str(parsed.config)] if parsed.config else []
+        return submit(command.module, [*given, *parsed.overrides], loaded.config, parsed.address, console)
     signal.signal(signal.SIGTERM, _terminate)
     module = importlib.import_module(f"jobs.{command.module}")
     try:

@@ -19,6 +19,7 @@ from rayllm.config.base import Loaded
 from rayllm.config.pipeline import WIRING, PipelineConfig
 from rayllm.report.html import write_report
 from rayllm.report.run import Run
+from rayllm.report.terminal import shown_path
 
 
 NEEDS_RAY = ("pretrain", "sft", "label", "reward_model", "ppo", "evaluate")
@@ -59,8 +60,8 @@ def run(loaded: Loaded[PipelineConfig], console: Console, *, verbose: bool = Fal
         highlight=False,
     )
     model = config.ppo.run_dir / "model"
-    console.print(f"  report   {escape(str(page))}", highlight=False, soft_wrap=True)
-    console.print(f"  serve    rayllm serve model={escape(str(model))}", highlight=False, soft_wrap=True)
+    console.print(f"  report   {escape(shown_path(page))}", highlight=False, soft_wrap=True)
+    console.print(f"  serve    rayllm serve model={escape(shown_path(model))}", highlight=False, soft_wrap=True)
     console.print("  chat     rayllm chat        (in a second terminal)", highlight=False)
 
 

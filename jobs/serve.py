@@ -19,19 +19,20 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import psutil
 import ray
 from ray import serve
 from rich.console import Console
+from rich.text import Text
 
-from actors.serving import BAD_ARGUMENT, application
+from actors.serving import BAD_ARGUMENT, LOAD_FAILED, application, model_name, read_api_key
 from rayllm.config.serve import ServeConfig
 from rayllm.errors import InputError
 from rayllm.models.loading import check_model_dir, check_tokenizer_dir
 
 APP = "rayllm"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 1.0
 KILL_AFTER_S = 15.0
 
@@ -76,17 +77,16 @@ def _serve(
     config: ServeConfig, api_key: str | None, console: Console, ready: Callable[[str], None] | None
 ) -> None:
     """Start everything, announce it and watch it; ends only by an exception."""
-    name = config.served_model_name or model_name(config.model)
     url = base_url(config.host, config.port)
     start = time.monotonic()
     deadline = start + config.start_timeout_s
     try:
-        with console.status(f"Loading {config.model} ..."):
+        with _progress(console, f"Loading {config.model} ..."):
             _check_resources(config)
-            _deploy(config, name, api_key)
+            _deploy(config)
             _wait_until_loaded(config, deadline)
             _wait_until_up(url, api_key, deadline)
-        text = announcement(config, name, url, seconds=time.monotonic() - start)
+        text = announcement(config, url, seconds=time.monotonic() - start)
         console.print(text, markup=False, soft_wrap=True)
         if ready is not None:
             ready(url)
@@ -96,29 +96,15 @@ def _serve(
         raise
 
 
-def model_name(model: Path) -> str:
-    """The stage that the model's lineage names, else the folder's name."""
-    with suppress(OSError, ValueError, AttributeError):
-        stage = json.loads((model / "lineage.json").read_text(encoding="utf-8")).get("stage")
-        if isinstance(stage, str) and stage:
-            return stage
-    return model.resolve().name
-
-
-def read_api_key(path: Path) -> str:
-    """The key in ``path``, white space around it left out.
-
-    Raises:
-        InputError: no such file, nothing in it, or a character that no HTTP header can carry.
-    """
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise InputError(f"api_key_file: cannot read {path}: {reason}") from None
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise InputError(f"api_key_file: {path} must hold one key: printable ASCII without spaces")
-    return key
+@contextmanager
+def _progress(console: Console, text: str) -> Iterator[None]:
+    """A spinner in a terminal, a line in a log."""
+    if not console.is_terminal:
+        console.print(text, markup=False, soft_wrap=True)
+        yield
+        return
+    with console.status(Text(text)):
+        yield
 
 
 def check_port_free(host: str, port: int) -> None:
@@ -171,7 +157,7 @@ def _check_resources(config: ServeConfig) -> None:
             )
 
 
-def _deploy(config: ServeConfig, name: str, api_key: str | None) -> None:
+def _deploy(config: ServeConfig) -> None:
     """Start the proxy and ask Serve for the replicas."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(
@@ -179,8 +165,7 @@ def _deploy(config: ServeConfig, name: str, api_key: str | None) -> None:
         http_options={"host": config.host, "port": config.port},
         logging_config={"log_level": "WARNING"},
     )
-    app = application(config, model_name=name, api_key=api_key)
-    serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)
+    serve.run_many([serve.RunTarget(application(config), name=APP)], wait_for_applications_running=False)
 
 
 def _wait_until_loaded(config: ServeConfig, deadline: float) -> None:
@@ -203,7 +188,8 @@ def explain_failure(config: ServeConfig, details: str) -> Exception:
     refused = re.search(re.escape(BAD_ARGUMENT) + "(.*)", details)
     if refused is not None:
         return InputError(refused.group(1))
-    return RuntimeError(f"{config.model} did not load:\n{details}")
+    failed = re.search(re.escape(LOAD_FAILED) + "(.*)", details)
+    return RuntimeError(f"{config.model} did not load: {failed.group(1) if failed else details}")
 
 
 def _wait_until_up(url: str, api_key: str | None, deadline: float) -> None:
@@ -221,8 +207,9 @@ def _wait_until_up(url: str, api_key: str | None, deadline: float) -> None:
         time.sleep(0.1)
 
 
-def announcement(config: ServeConfig, name: str, url: str, *, seconds: float) -> str:
+def announcement(config: ServeConfig, url: str, *, seconds: float) -> str:
     """How to use the running server: addresses and two commands to copy."""
+    name = model_name(config)
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}]})
     key = "" if config.api_key_file is None else shlex.quote(str(config.api_key_file))
     curl = f"curl {url}/chat/completions -H 'Content-Type: application/json'"
@@ -261,7 +248,7 @@ def _watch(console: Console) -> None:
 
 @contextmanager
 def _signals_raise_stop() -> Iterator[Callable[[], None]]:
-    """SIGINT and SIGTERM raise Stop; gives a function that puts the handlers in place again.
+    """The next SIGINT or SIGTERM raises Stop, later ones are ignored; gives a function to catch one more.
 
     Only the main thread can catch signals: in another one this changes nothing.
     """
@@ -270,13 +257,14 @@ def _signals_raise_stop() -> Iterator[Callable[[], None]]:
         return
 
     def handle(signum: int, _frame: object) -> None:
+        _ignore_signals()  # nothing interrupts the clean-up half way
         raise Stop(signum)
 
     def catch() -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in SIGNALS:
             signal.signal(signum, handle)
 
-    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    previous = {signum: signal.getsignal(signum) for signum in SIGNALS}
     catch()
     try:
         yield catch
@@ -293,7 +281,7 @@ def _ray(catch_signals: Callable[[], None]) -> Iterator[None]:
     """
     if ray.is_initialized():
         if serve.status().proxies:  # its port cannot be changed, and it is not ours to stop
-            raise InputError("port: this Ray cluster already runs Ray Serve; stop it first (`serve shutdown`)")
+            raise InputError("port: this cluster already runs Ray Serve; stop it first (`serve shutdown`)")
         try:
             yield
         finally:
@@ -306,13 +294,15 @@ def _ray(catch_signals: Callable[[], None]) -> Iterator[None]:
         catch_signals()  # Ray put its own SIGTERM handler in place
         yield
     finally:
-        started = [p for p in psutil.Process().children(recursive=True) if p not in before]
-        if _cluster_dies(started):  # Ray's calls would wait a minute for an answer
-            _end(started, after=0)
-        elif ray.is_initialized():
-            with suppress(Stop):
-                _stop_app()
         _ignore_signals()
+        started = [p for p in psutil.Process().children(recursive=True) if p not in before]
+        if ray.is_initialized() and _cluster_lives(before):
+            with suppress(Stop):
+                catch_signals()
+                _stop_app()
+            _ignore_signals()
+        else:  # Ray's calls would wait a minute for an answer
+            _end(started, after=0)
         ray.shutdown()
         _end(started, after=KILL_AFTER_S)
 
@@ -323,10 +313,10 @@ def _stop_app() -> None:
         serve.delete(APP)
 
 
-def _cluster_dies(processes: list[psutil.Process]) -> bool:
-    """Whether who stopped this job has signalled Ray's processes too, as `kill -- -GROUP` and systemd do."""
+def _cluster_lives(before: set[psutil.Process]) -> bool:
+    """False if who stopped this job signalled Ray's processes too, as `kill -- -GROUP` and systemd do."""
     time.sleep(0.5)
-    return any(not _is_running(process) for process in processes)
+    return all(_is_running(daemon) for daemon in psutil.Process().children() if daemon not in before)
 
 
 def _is_running(process: psutil.Process) -> bool:
@@ -338,7 +328,7 @@ def _is_running(process: psutil.Process) -> bool:
 
 def _ignore_signals() -> None:
     if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
 
 

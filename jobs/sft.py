@@ -14,7 +14,7 @@ from rich.console import Console
 
 from actors.trainer import TrainTask
 from jobs.training import placement, train
-from rayllm.algorithms.losses import language_model_loss
+from rayllm.algorithms.logprobs import token_logprobs
 from rayllm.config.base import Loaded
 from rayllm.config.sft import SftConfig
 from rayllm.data.batching import BatchOrder
@@ -28,22 +28,19 @@ from rayllm.models.loading import check_model_dir, load_causal_lm, load_tokenize
 from rayllm.report.run import Run
 from rayllm.report.terminal import mark_example, print_preamble
 
-IGNORED = -100
-
-
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows for one forward pass and the weight of each of their loss tokens in the step's loss."""
+    """Rows for one forward pass and the weight of each token's loss in the step's loss."""
 
     tokens: torch.Tensor  # (B, T) int64
     attention_mask: torch.Tensor  # (B, T) bool
-    labels: torch.Tensor  # (B, T) int64, IGNORED where no loss falls
-    normalizer: float
+    weights: torch.Tensor  # (B, T) float32, 0 where no loss falls
 
 
 @dataclass
 class SftTask(TrainTask):
-    """Rows of similar length share a batch; the loss is the mean over the answers' tokens of the global batch."""
+    """Rows of similar length share a batch; the loss is the mean over the answers' tokens of the global batch, plus
+    the mean over the replayed text's tokens times its weight."""
 
     config: SftConfig
     train: list[ChatExample]
@@ -56,24 +53,20 @@ class SftTask(TrainTask):
         return load_causal_lm(self.config.model)
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> Sequence[MicroBatch]:
-        rows = [self.train[row] for row in self._order.rows(step)]
-        loss_tokens = sum(int(row.loss_mask[1:].sum()) for row in rows)
-        size = self.config.micro_batch_size
-        mine = rows[rank::world_size]
-        batches = [self._collate(mine[i : i + size], loss_tokens) for i in range(0, len(mine), size)]
+        chosen = [self.train[row] for row in self._order.rows(step)]
+        loss_tokens = sum(int(example.loss_mask[1:].sum()) for example in chosen)
+        rows = [(e.token_ids, e.loss_mask / loss_tokens) for e in chosen[rank::world_size]]
         if self._replay is not None:
-            text = torch.from_numpy(self._replay.batch(step)[rank::world_size])
-            predicted = self.config.replay.batch_size * (text.shape[1] - 1)
-            everywhere = torch.ones_like(text, dtype=torch.bool)
-            batches.append(MicroBatch(text, everywhere, text, predicted / max(self.config.replay.weight, 1e-12)))
-        return batches
+            text = self._replay.batch(step)
+            weight = self.config.replay.weight / (text.shape[0] * (text.shape[1] - 1))
+            rows += [(row, np.full(len(row), weight)) for row in text[rank::world_size]]
+        size = self.config.micro_batch_size
+        return [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def loss(self, engine: Engine, micro_batch: MicroBatch) -> torch.Tensor:
-        device = engine.device
-        logits = engine(
-            input_ids=micro_batch.tokens.to(device), attention_mask=micro_batch.attention_mask.to(device)
-        ).logits
-        return language_model_loss(logits, micro_batch.labels.to(device), normalizer=micro_batch.normalizer)
+        tokens = micro_batch.tokens.to(engine.device)
+        logits = engine(input_ids=tokens, attention_mask=micro_batch.attention_mask.to(engine.device)).logits
+        return -(token_logprobs(logits, tokens) * micro_batch.weights.to(engine.device)).sum()
 
     def num_tokens(self, micro_batch: MicroBatch) -> int:
         return int(micro_batch.attention_mask.sum())
@@ -83,10 +76,10 @@ class SftTask(TrainTask):
         total = torch.zeros(2, dtype=torch.float64)
         for start in range(0, len(self.heldout), size):
             mine = self.heldout[start : start + size][engine.rank :: engine.world_size]
-            batch = self._collate(mine or self.heldout[:1], 1.0)  # an idle rank still takes part in the forward pass
+            rows = mine or self.heldout[:1]  # an idle rank still takes part in the forward pass
+            loss = self.loss(engine, self._collate([(e.token_ids, e.loss_mask * 1.0) for e in rows])).item()
             if mine:
-                total[1] += sum(int(example.loss_mask[1:].sum()) for example in mine)
-            total[0] += self.loss(engine, batch).item() if mine else 0.0 * self.loss(engine, batch).item()
+                total += torch.tensor([loss, sum(int(e.loss_mask[1:].sum()) for e in mine)], dtype=torch.float64)
         loss_sum, count = engine.sum_tensor(total).tolist()
         return {"eval/loss": loss_sum / count}
 
@@ -106,10 +99,13 @@ class SftTask(TrainTask):
         tokens = np.load(self.replay_tokens, mmap_mode="r")
         return PackedRows(tokens, replay.sequence_length, replay.batch_size, seed=self.config.seed)
 
-    def _collate(self, examples: Sequence[ChatExample], normalizer: float) -> MicroBatch:
-        tokens, mask = pad_right([example.token_ids for example in examples], self.pad_token_id)
-        trained, _ = pad_right([example.loss_mask for example in examples], 0)
-        return MicroBatch(tokens, mask, tokens.masked_fill(trained == 0, IGNORED), normalizer)
+    def _collate(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
+        """Pad (token ids, loss weights) rows; a row's first token has no prediction and its weight no effect."""
+        tokens, mask = pad_right([ids for ids, _ in rows], self.pad_token_id)
+        weights = torch.zeros(tokens.shape)
+        for row, (ids, row_weights) in enumerate(rows):
+            weights[row, : len(ids)] = torch.from_numpy(row_weights)
+        return MicroBatch(tokens, mask, weights)
 
 
 def run(loaded: Loaded[SftConfig], console: Console, *, verbose: bool = False) -> Run:

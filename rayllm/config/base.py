@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -21,6 +21,28 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sections(cls, tree: Any) -> Any:
+        """A partly given section takes the rest from the default of its place, not of its class: the policy's
+        optimizer and the critic's have other defaults."""
+        if not isinstance(tree, dict):
+            return tree
+        filled = dict(tree)
+        for name, info in cls.model_fields.items():
+            given, usual = tree.get(name), _default_of(info)
+            if isinstance(given, dict) and isinstance(usual, Config):
+                filled[name] = merge(usual.model_dump(), given)
+        return filled
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _absolute(cls, value: Any) -> Any:
+        """Workers run in other folders than the command: paths are absolute from here on."""
+        if isinstance(value, dict):
+            return {key: cls._absolute(item) for key, item in value.items()}
+        return value.expanduser().absolute() if isinstance(value, Path) else value
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -107,7 +129,7 @@ def apply_override(tree: dict[str, Any], origins: dict[str, str], override: str)
 def validate(cls: type[ConfigT], tree: dict[str, Any], origins: dict[str, str]) -> Loaded[ConfigT]:
     """Build the config from plain data; pydantic's errors become lines that name key, value and fix."""
     try:
-        return Loaded(cls.model_validate(_over_defaults(cls, tree)), origins)
+        return Loaded(cls.model_validate(tree), origins)
     except ValidationError as error:
         lines = [_explain(cls, e, origins) for e in error.errors()]
         raise InputError("\n".join(lines)) from None
@@ -162,23 +184,12 @@ def _leaves(config: Config, default: Config | None, prefix: str = "") -> list[tu
     return rows
 
 
-def _over_defaults(cls: type[Config], tree: dict[str, Any]) -> dict[str, Any]:
-    """Fill a partly given section from the default of its place: the policy's optimizer and the critic's differ."""
-    merged = dict(tree)
-    for name, info in cls.model_fields.items():
-        given, usual = tree.get(name), _default_of(info)
-        if isinstance(given, dict) and isinstance(usual, Config):
-            merged[name] = _merge(usual.model_dump(), given)
-        elif isinstance(given, dict) and (section := _section_of(info)) is not None:
-            merged[name] = _over_defaults(section, given)
-    return merged
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``, section by section."""
     merged = dict(base)
     for key, value in over.items():
         below = base.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
 
 

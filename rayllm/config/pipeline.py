@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import model_validator
 
-from rayllm.config.base import Config
+from rayllm.config.base import Config, merge
 from rayllm.config.evaluate import EvaluateConfig
 from rayllm.config.label import LabelConfig
 from rayllm.config.ppo import PPOConfig
@@ -85,17 +85,10 @@ class PipelineConfig(Config):
             }
             if stage == "sft" and given.get("replay"):
                 usual["replay"] = {"documents": str(root / "world/documents.parquet")}
-            wired[stage] = _fill(usual, given)
+            wired[stage] = merge(usual, given)
         return wired
 
 
 def _below(root: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     return {key: _below(root, v) if isinstance(v, dict) else str(root / v) for key, v in inputs.items()}
 
-
-def _fill(usual: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    filled = dict(usual)
-    for key, value in given.items():
-        below = usual.get(key)
-        filled[key] = _fill(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return filled

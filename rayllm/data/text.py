@@ -39,7 +39,7 @@ def tokenize_documents(path: Path, tokenizer: Any) -> TokenStream:
     parts: list[np.ndarray] = []
     num_documents = num_bytes = 0
     for texts in _batches(str(row["text"]) for row in read_rows(path, ["text"], check=_text_problem)):
-        for encoded in tokenizer._tokenizer.encode_batch(texts, add_special_tokens=False):
+        for encoded in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
             parts.append(np.array([separator, *encoded.ids], dtype=np.uint32))
         num_documents += len(texts)
         num_bytes += sum(len(text.encode()) for text in texts)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,16 +40,16 @@ def print_preamble(
         placement: (role, where) rows.
     """
     verb = "resumes in" if run.resuming else "in"
-    console.rule(f"[bold]{run.stage}[/bold] {verb} {escape(str(run.dir))}", align="left", style="dim")
+    console.rule(f"[bold]{run.stage}[/bold] {verb} {escape(shown_path(run.dir))}", align="left", style="dim")
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for parent in run.record["parents"]:
-        table.add_row(parent["role"], f"{escape(parent['path'])} [dim]{parent['id'][:12]}[/dim]")
+        table.add_row(parent["role"], f"{escape(shown_path(parent['path']))} [dim]{parent['id'][:12]}[/dim]")
     for data in run.record["data"]:
         table.add_row(data["name"], escape(_data_line(data)))
     for key, change in run.record["changed"].items():
-        if key == "run_dir" or key in run.inputs or key.split(".")[0] in ("models", "prompts"):
+        if key in ("run_dir", "overwrite") or any(f"{name}.".startswith(f"{key}.") for name in run.inputs):
             continue
         setting = escape(f"{key} = {change['value']}")
         origin = escape(f"{change['origin']}, default {change['default']}")
@@ -60,10 +61,16 @@ def print_preamble(
     console.print(table)
 
 
+def shown_path(path: Path | str) -> str:
+    """Relative to the current folder when it lies below it."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def _data_line(data: Mapping[str, Any]) -> str:
     parts = [f"{data[name]:,} {name.replace('_', ' ')}" for name in ("rows", "tokens", "pairs") if name in data]
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in (data.get("dropped") or {}).items())
-    return f"{data['path']}: {', '.join(parts)}" + (f"; dropped: {dropped}" if dropped else "; none dropped")
+    return f"{shown_path(data['path'])}: {', '.join(parts)}" + (f"; dropped: {dropped}" if dropped else "; none dropped")
 
 
 def _example_text(pieces: Sequence[tuple[str, bool]], *, plain: bool) -> Text:
@@ -167,6 +174,6 @@ def print_done(console: Console, run: Run, metrics: Mapping[str, float]) -> None
     """The line at the end of a stage."""
     figures = "  ".join(f"{name} {format_number(value)}" for name, value in metrics.items())
     model = run.record.get("model")
-    made = f"  model {model['id'][:12]} in {model['path']}" if model else ""
+    made = f"  model {model['id'][:12]} in {shown_path(model['path'])}" if model else ""
     line = f"[green]✓[/green] [bold]{run.stage}[/bold] {run.seconds:.0f} s  {escape(figures)}[dim]{escape(made)}[/dim]"
     console.print(line, highlight=False, soft_wrap=True)

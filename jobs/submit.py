@@ -1,0 +1,74 @@
+"""Run a command as a Ray job on a cluster: submit, stream the log, return the job's exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+from rich.console import Console
+
+from rayllm.config.common import JobConfig
+from rayllm.config.pipeline import PipelineConfig
+from rayllm.errors import InputError
+
+ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+EXCLUDED = [".git", ".venv", "runs", "**/__pycache__"]
+
+
+def submit(
+    module: str, arguments: Sequence[str], config: JobConfig | PipelineConfig, address: str, console: Console
+) -> int:
+    """Ship the current folder, run ``python -m jobs.<module>`` there, print its log as it comes.
+
+    The run folder is handed over as an absolute path: it must lie on storage that all nodes share. Other paths
+    are absolute too, or below the folder that is shipped.
+
+    Args:
+        module: name of the job's module.
+        arguments: config file and overrides, as given to the command.
+        config: the validated config.
+        address: dashboard of the cluster, ``http://HEAD:8265``.
+        console: for the log.
+
+    Returns:
+        The job's exit status. Ctrl-C stops the job.
+
+    Raises:
+        InputError: no cluster answers there, or it refuses the token.
+    """
+    if not (Path.cwd() / "jobs" / "cli.py").is_file():
+        raise InputError("--address: run it from the root of the rayllm checkout, which is shipped to the cluster")
+    try:
+        client = JobSubmissionClient(address)
+        job_id = client.submit_job(
+            entrypoint=shlex.join(["python", "-m", f"jobs.{module}", *arguments, f"run_dir={config.run_dir}"]),
+            runtime_env={"working_dir": ".", "excludes": EXCLUDED},
+            metadata={"rayllm": module},
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise InputError(f"--address: {address} did not take the job: {str(error).splitlines()[0]}") from None
+    console.print(f"[dim]job {job_id} on {address}; `ray job stop {job_id} --address {address}` stops it[/dim]")
+    try:
+        asyncio.run(_follow(client, job_id, console))
+    except KeyboardInterrupt:
+        client.stop_job(job_id)
+        raise
+    return _exit_status(client, job_id)
+
+
+async def _follow(client: JobSubmissionClient, job_id: str, console: Console) -> None:
+    async for lines in client.tail_job_logs(job_id):
+        console.print(lines, end="", markup=False, highlight=False, soft_wrap=True)
+
+
+def _exit_status(client: JobSubmissionClient, job_id: str) -> int:
+    while client.get_job_status(job_id) not in ENDED:  # the log may end a moment before the status does
+        time.sleep(0.5)
+    info = client.get_job_info(job_id)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    return int(info.driver_exit_code or 1)

@@ -1,0 +1,245 @@
+"""Policy and critic on real Ray and DeepSpeed (gloo): ratios, ranks, micro-batches, ZeRO stages, checkpoints."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from actors.critic import CriticActor
+from actors.group import ActorGroup, Role, collect
+from actors.policy import PolicyActor
+from actors.reference import ReferenceActor
+from actors.reward import RewardActor
+from actors.weights import unpack
+from rayllm.config.base import load_config
+from rayllm.config.ppo import PPOConfig
+from rayllm.data.rollout import Rollout, collate
+
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def reward_model_dir(tmp_path_factory, tiny_model_dir, tiny_tokenizer):
+    from rayllm.models.heads import ScalarModel
+    from rayllm.models.loading import save_model
+
+    path = tmp_path_factory.mktemp("reward-model")
+    model = ScalarModel.from_folder(tiny_model_dir, seed=3)
+    model.classifier.config.reward_mean, model.classifier.config.reward_std = 0.5, 2.0
+    save_model(model.classifier, tiny_tokenizer, path)
+    return path
+
+
+def make_config(tmp_path, model, reward_model, *overrides) -> PPOConfig:
+    keys = [
+        f"run_dir={tmp_path}", f"model={model}", f"reward_model={reward_model}", "prompts=unused",
+        f"prompts_per_step={ROWS}", "num_steps=4", "algorithm.critic_warmup_steps=0", "algorithm.num_epochs=1",
+        "algorithm.num_minibatches=1", "policy.optimizer.learning_rate=1e-3", "rollout.temperature=0.7",
+    ]  # fmt: skip
+    return load_config(PPOConfig, None, [*keys, *overrides]).config
+
+
+def shards(num_shards: int, *, seed: int = 0):
+    """Random rollouts of several lengths; one was cut."""
+    rng = np.random.default_rng(seed)
+    rollouts = []
+    for row in range(ROWS):
+        length = int(rng.integers(1, 9))
+        rollouts.append(
+            Rollout(
+                prompt_id=row,
+                prompt_token_ids=tuple(rng.integers(3, 300, size=int(rng.integers(2, 7))).tolist()),
+                token_ids=tuple(rng.integers(3, 300, size=length).tolist()),
+                logprobs=(-1.0,) * length,
+                finish_reason="length" if row == 5 else "stop",
+                policy_version=0,
+            )
+        )
+    size = ROWS // num_shards
+    return [collate(rollouts[i : i + size], pad_token_id=0) for i in range(0, ROWS, size)]
+
+
+class Learners:
+    """Policy, critic, reference and reward of one configuration."""
+
+    def __init__(self, config: PPOConfig):
+        self.config = config
+        self.policy, self.critic = (
+            ActorGroup(
+                Role(name, section.num_actors, 0.5, 0),
+                cls,
+                lambda rank, section=section: {"rank": rank, "world_size": section.num_actors, "config": config},
+            )
+            for name, section, cls in (("policy", config.policy, PolicyActor), ("critic", config.critic, CriticActor))
+        )
+        lm = {"model": str(config.model), "temperature": config.rollout.temperature, "micro_batch_size": 5}
+        self.reference = ActorGroup(Role("reference", 1, 0.5, 0), ReferenceActor, lambda rank: lm)
+        rm = {"model": str(config.reward_model), "micro_batch_size": 5}
+        self.reward = ActorGroup(Role("reward", 1, 0.5, 0), RewardActor, lambda rank: rm)
+        for group, method in ((self.policy, PolicyActor.setup), (self.critic, CriticActor.setup)):
+            collect(group.submit(method, group.submit(PolicyActor.address, rank=0)[0]), "setup")
+
+    def score(self, parts):
+        logprobs = self.policy.map(PolicyActor.logprobs, parts)
+        ref = self.reference.map(ReferenceActor.logprobs, parts)
+        rewards = self.reward.map(RewardActor.rewards, parts)
+        values = self.critic.map(CriticActor.values, parts)
+        return self.policy.map(PolicyActor.experience, parts, rewards, logprobs, ref, values)
+
+    def step(self, step: int = 0):
+        parts = shards(self.config.num_shards, seed=step)
+        experience = self.score(parts)
+        policy = self.policy.call_sharded(PolicyActor.update, experience, step=step)
+        critic = self.critic.call_sharded(CriticActor.update, experience, step=step)
+        return collect(policy, "policy")[0] | collect(critic, "critic")[0]
+
+    def weights(self):
+        (reference,) = self.policy.call(PolicyActor.publish_weights, 1)[0]
+        import ray
+
+        return {name: tensor.clone() for name, tensor in unpack(ray.get(reference))}
+
+    def stop(self):
+        for group in (self.policy, self.critic, self.reference, self.reward):
+            group.stop()
+
+
+def run_one_step(tmp_path, model, reward_model, *overrides):
+    learners = Learners(make_config(tmp_path, model, reward_model, *overrides))
+    try:
+        return learners.step(), learners.weights()
+    finally:
+        learners.stop()
+
+
+@pytest.fixture(scope="module")
+def one_rank(local_ray, tmp_path_factory, tiny_model_dir, reward_model_dir):
+    return run_one_step(tmp_path_factory.mktemp("one"), tiny_model_dir, reward_model_dir)
+
+
+def test_first_inner_step_has_ratio_one(one_rank):
+    metrics, _ = one_rank
+    assert metrics["policy/clipfrac"] == 0.0
+    assert abs(metrics["policy/approx_kl"]) < 1e-8
+    assert abs(metrics["objective/kl"]) < 1e-5  # policy and reference are the same weights
+    # Advantages are whitened and the ratio is 1, so the loss is minus their mean: zero.
+    assert abs(metrics["loss/policy"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("policy.num_actors=2", "critic.num_actors=2"),
+        ("policy.num_actors=2", "policy.learner.zero_stage=3"),
+        ("policy.micro_batch_size=2", "critic.micro_batch_size=3", "policy.learner.zero_stage=0"),
+    ],
+    ids=["two ranks, ZeRO-2", "two ranks, ZeRO-3", "small micro-batches, no ZeRO"],
+)
+def test_ranks_micro_batches_and_zero_stage_change_nothing(
+    one_rank, tmp_path, tiny_model_dir, reward_model_dir, overrides
+):
+    metrics, weights = one_rank
+    other_metrics, other_weights = run_one_step(tmp_path, tiny_model_dir, reward_model_dir, *overrides)
+    assert other_metrics["policy/grad_norm"] == pytest.approx(metrics["policy/grad_norm"], rel=1e-4)
+    assert other_metrics["loss/value"] == pytest.approx(metrics["loss/value"], rel=1e-4)
+    assert other_metrics["objective/rewards"] == pytest.approx(metrics["objective/rewards"], rel=1e-5, abs=1e-6)
+    assert weights.keys() == other_weights.keys()
+    for name in weights:  # Adam's first step is lr * sign: compare against the size of the step
+        torch.testing.assert_close(other_weights[name], weights[name], rtol=0, atol=2e-5)
+
+
+def test_a_checkpoint_continues_exactly(local_ray, tmp_path, tiny_model_dir, reward_model_dir):
+    config = make_config(tmp_path, tiny_model_dir, reward_model_dir)
+    first = Learners(config)
+    first.step(0)
+    for group, actor in ((first.policy, PolicyActor), (first.critic, CriticActor)):
+        group.call(actor.save, str(tmp_path / group.role.name), {"step": 1})
+    expected_metrics, expected = first.step(1), first.weights()
+    first.stop()
+    second = Learners(config)
+    for group, actor in ((second.policy, PolicyActor), (second.critic, CriticActor)):
+        assert group.call(actor.load, str(tmp_path / group.role.name)) == [{"step": 1}]
+    metrics, weights = second.step(1), second.weights()
+    with pytest.raises(RuntimeError, match="no complete checkpoint in"):
+        second.policy.call(PolicyActor.load, str(tmp_path / "nothing"))
+    second.stop()
+    assert metrics == pytest.approx(expected_metrics, rel=1e-6, abs=1e-9)
+    for name in weights:
+        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-7)
+
+
+def test_scores_of_one_actor_are_those_of_the_plain_model(tiny_model_dir, reward_model_dir):
+    # The actor classes are plain classes: no Ray needed.
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    (batch,) = shards(1)
+    reference = ReferenceActor(model=str(tiny_model_dir), temperature=0.7, micro_batch_size=5)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    got = reference.logprobs(batch)
+    rm = RewardActor(model=str(reward_model_dir), micro_batch_size=5)
+    classifier = AutoModelForSequenceClassification.from_pretrained(reward_model_dir).eval()
+    rewards = rm.rewards(batch)
+    for row in range(ROWS):
+        length = int(batch.attention_mask[row].sum())
+        ids = batch.sequences[row : row + 1, :length]
+        with torch.no_grad():
+            logprobs = (model(ids).logits[0, :-1] / 0.7).log_softmax(-1)
+            score = classifier(input_ids=ids).logits.squeeze()
+        expected = logprobs.gather(1, ids[0, 1:, None]).squeeze(1)
+        torch.testing.assert_close(got[row, 1:length], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rewards[row], (score - 0.5) / 2.0, rtol=1e-4, atol=1e-5)
+
+
+def test_the_score_is_on_the_last_token_and_a_cut_response_is_penalised(tmp_path, tiny_model_dir, reward_model_dir):
+    config = make_config(tmp_path, tiny_model_dir, reward_model_dir, "algorithm.gae_lambda=1.0", "algorithm.kl_coef=0")
+    policy = PolicyActor(rank=0, world_size=1, config=config)
+    (batch,) = shards(1)
+    zeros = torch.zeros(batch.sequences.shape)
+    rewards = torch.full((ROWS,), 2.5)
+    experience = policy.experience(batch, rewards, zeros, zeros, zeros)
+    # gamma = lambda = 1, no values, no KL: every action's return is the score, 2.5, or 2.5 - 1 where it was cut.
+    expected = torch.where(batch.stopped, 2.5, 1.5)[:, None] * batch.action_mask
+    torch.testing.assert_close(experience.returns, expected)
+
+
+def test_a_dead_actor_and_a_failing_call_are_named(local_ray):
+    class Fragile:
+        def fail(self):
+            raise KeyError("spanner")
+
+        def die(self):
+            import os
+
+            os._exit(1)
+
+    group = ActorGroup(Role("tester", 2, 0.5, 0), Fragile, lambda rank: {})
+    with pytest.raises(RuntimeError, match="tester: KeyError: 'spanner'"):
+        group.call(Fragile.fail)
+    with pytest.raises(RuntimeError, match="tester: an actor died"):
+        group.call(Fragile.die)
+    group.stop()
+
+
+def test_cpu_workers_compute_on_one_thread_without_the_shared_memory_op(local_ray):
+    class Probe:
+        def look(self):
+            import os
+
+            import deepspeed
+            import torch
+
+            from actors.environment import device_of
+            from rayllm.models.engine import init_distributed
+
+            device_of()
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29613")
+            init_distributed("gloo")
+            return os.environ["OMP_NUM_THREADS"], torch.get_num_threads(), deepspeed.ops.__compatible_ops__
+
+    group = ActorGroup(Role("probe", 1, 2, 0), Probe, lambda rank: {})
+    threads, used, ops = group.call(Probe.look)[0]
+    group.stop()
+    # With two threads on two busy cores a worker was six times slower; the op would be compiled for a minute here.
+    assert (threads, used) == ("1", 1)
+    assert ops["deepspeed_shm_comm"] is False

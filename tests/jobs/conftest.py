@@ -1,0 +1,35 @@
+"""One run of the whole path at a tiny size, by the command that a user types."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = Path(__file__).parent / "tiny.yaml"
+
+
+def rayllm(*arguments: object, timeout: float = 600, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`rayllm ...` in a process of its own, standard output and error together."""
+    return subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> tuple[Path, str]:
+    """(run folder, output) of a finished pipeline."""
+    run_dir = tmp_path_factory.mktemp("pipeline") / "run"
+    done = rayllm("pipeline", "--config", TINY, f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stdout
+    return run_dir, done.stdout

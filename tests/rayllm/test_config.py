@@ -1,0 +1,154 @@
+"""Config files: what is accepted, where values are from, and what a wrong line is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.cli import COMMANDS
+from rayllm.config.base import describe_fields, load_config
+from rayllm.config.common import OptimizerConfig
+from rayllm.config.pipeline import WIRING, PipelineConfig
+from rayllm.config.ppo import PPOConfig
+from rayllm.config.sft import SftConfig
+from rayllm.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIRED = ["run_dir=r", "model=m", "reward_model=w", "prompts=p"]
+
+
+def ppo(*overrides: str):
+    return load_config(PPOConfig, None, [*REQUIRED, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_stesp=3", r"num_stesp: unknown key. Did you mean num_steps \(default 40\)\? Steps: one batch"),
+        ("policy.optimizer.learing_rate=1", r"Did you mean policy.optimizer.learning_rate \(default 0.0001\)"),
+        ("polcy.num_actors=1", "polcy: unknown key. Did you mean the section policy"),
+        ("zzz=1", "zzz: unknown key. Known here: algorithm, "),
+        ("algorithm.kl_coef=-1", "algorithm.kl_coef: got -1; input should be greater than or equal to 0"),
+        ("algorithm.kl_estimator=k9", "algorithm.kl_estimator: got 'k9'; input should be 'k1', 'k2' or 'k3'"),
+        ("num_steps=many", "num_steps: got 'many'; input should be a valid integer"),
+        ("prompts_per_step=97", "nearest that does: prompts_per_step=96"),
+        ("algorithm.num_minibatches=1000", "set it to at most 96"),
+        ("num_steps", "expected section.key=value"),
+        ("num_steps.x=1", "num_steps: got"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_fix(override, message):
+    with pytest.raises(InputError, match=message):
+        ppo(override)
+
+
+def test_errors_in_a_file_name_file_and_line(tmp_path):
+    path = tmp_path / "ppo.yaml"
+    path.write_text("run_dir: r\nmodel: m\nreward_model: w\nprompts: p\npolicy:\n  optimizer:\n    lerning_rate: 1\n")
+    with pytest.raises(InputError, match=rf"{path}:7: policy.optimizer.lerning_rate: unknown key"):
+        load_config(PPOConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [1", "not valid YAML"), ("- 1\n- 2", "expected 'key: value' lines, got a list")],
+)
+def test_malformed_files(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_config(PPOConfig, path)
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="cannot read .*none.yaml: No such file"):
+        load_config(PPOConfig, tmp_path / "none.yaml")
+
+
+def test_missing_required_keys_are_all_listed():
+    with pytest.raises(InputError) as error:
+        load_config(PPOConfig)
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == ["run_dir", "model", "reward_model", "prompts"]
+
+
+def test_a_partly_given_section_keeps_the_defaults_of_its_place():
+    # The policy's and the critic's optimizers have other defaults than an optimizer elsewhere.
+    config = ppo("policy.optimizer.learning_rate=3e-4", "critic.optimizer.weight_decay=0.5").config
+    assert config.policy.optimizer.schedule == "linear" and config.policy.optimizer.weight_decay == 0.0
+    assert config.critic.optimizer.schedule == "constant" and config.critic.optimizer.learning_rate == 3e-4
+
+
+def test_changes_name_value_default_and_origin(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("num_steps: 7\nrollout:\n  temperature: 1.0\n")
+    loaded = load_config(PPOConfig, path, [*REQUIRED, "seed=3"])
+    changes = loaded.changes()
+    assert (changes["num_steps"].value, changes["num_steps"].default, changes["num_steps"].origin) == (7, 40, f"{path}:1")
+    assert changes["rollout.temperature"].origin == f"{path}:3"
+    assert changes["seed"].origin == "command line"
+    assert "algorithm.gamma" not in changes
+
+
+def test_configs_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        ppo().config.num_steps = 3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_field_of_every_command_is_documented(name):
+    rows = describe_fields(COMMANDS[name].config_class())
+    assert rows
+    assert not [key for key, _, _, doc in rows if not doc]
+
+
+def test_ppo_stays_a_config_that_one_can_read():
+    # The fields that are PPO's own; an optimizer, a learner or an engine section is the same everywhere.
+    own = [key for key, *_ in describe_fields(PPOConfig) if ".optimizer." not in key and ".learner." not in key]
+    assert len(own) <= 60
+
+
+def test_shipped_configs_load():
+    for path in sorted((ROOT / "jobs/configs").glob("*.yaml")):
+        load_config(PipelineConfig, path)
+
+
+def test_the_pipeline_wires_every_stage_below_its_run_dir():
+    config = load_config(PipelineConfig, ROOT / "jobs/configs/quickstart.yaml", ["run_dir=/x", "seed=5"]).config
+    for stage in WIRING:
+        section = getattr(config, stage)
+        assert section.run_dir == Path("/x") / stage and section.seed == 5 and section.overwrite
+    assert config.sft.model == Path("/x/pretrain/model")
+    assert config.ppo.eval.prompts == Path("/x/world/prompts_new.parquet")
+    assert config.evaluate.models["ppo"] == Path("/x/ppo/model")
+
+
+def test_a_pipeline_stage_may_name_its_own_files_and_seed():
+    overrides = ["run_dir=/x", "sft.data=/mine.jsonl", "sft.seed=9"]
+    config = load_config(PipelineConfig, None, overrides).config
+    assert config.sft.data == Path("/mine.jsonl") and config.sft.seed == 9 and config.label.seed == 0
+
+
+def test_batch_must_divide_over_workers():
+    overrides = ["run_dir=r", "model=m", "data=d", "batch_size=15", "workers.num_workers=2"]
+    with pytest.raises(InputError, match="batch_size=15 does not divide over workers.num_workers=2; nearest .* batch_size=16"):
+        load_config(SftConfig, None, overrides)
+
+
+def test_learning_rate_schedules_by_hand():
+    # 2 warm-up steps to 1.0, then 8 steps of decay to 0.1: half way the cosine and the line are at 0.55.
+    cosine = OptimizerConfig(learning_rate=1.0, warmup_steps=2, final_ratio=0.1)
+    assert [cosine.learning_rate_at(s, 10) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert cosine.learning_rate_at(6, 10) == pytest.approx(0.55)
+    linear = cosine.model_copy(update={"schedule": "linear"})
+    assert linear.learning_rate_at(6, 10) == pytest.approx(0.55)
+    assert linear.learning_rate_at(8, 10) == pytest.approx(0.1 + 0.9 * 0.25)
+    assert cosine.model_copy(update={"schedule": "constant"}).learning_rate_at(9, 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("policy", "critic", "rollout", "shards"), [(1, 1, 1, 2), (2, 1, 1, 2), (2, 2, 3, 4), (2, 3, 1, 6), (1, 1, 3, 3)]
+)
+def test_shards_divide_over_learner_ranks_and_feed_every_rollout_actor(policy, critic, rollout, shards):
+    config = ppo(f"policy.num_actors={policy}", f"critic.num_actors={critic}", f"rollout.num_actors={rollout}").config
+    assert config.num_shards == shards

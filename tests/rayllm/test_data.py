@@ -1,0 +1,223 @@
+"""Readers, encoders and batches: values by hand, bad rows by name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rayllm.data.batching import BatchOrder
+from rayllm.data.chat import encode_conversation, prompt_token_ids, read_conversations
+from rayllm.data.experience import Experience, concat
+from rayllm.data.files import read_rows, write_parquet
+from rayllm.data.padding import pad_right
+from rayllm.data.preferences import read_rankings
+from rayllm.data.prompts import read_prompts
+from rayllm.data.rollout import Rollout, collate
+from rayllm.data.text import PackedRows, tokenize_documents
+from rayllm.data.tokenizer import TURN_END, end_of_text_id, stop_token_ids
+from rayllm.errors import InputError
+
+
+def jsonl(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+USER, ASSISTANT = {"role": "user", "content": "hi there"}, {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{broken", r"d.jsonl:2: not valid JSON"),
+        ("[1]", r"d.jsonl:2: expected an object with columns, got a list"),
+        ({"txt": "a"}, r"d.jsonl:2: 'text' is missing; the row holds \['txt'\]"),
+        ({"text": None}, r"d.jsonl:2: 'text' is missing"),
+        ({"text": 5}, r"d.jsonl:2: 'text' must be a string, got int"),
+        ({"text": "  "}, r"d.jsonl:2: 'text' is empty"),
+    ],
+)
+def test_a_bad_document_is_named_by_its_line(tmp_path, tiny_tokenizer, row, message):
+    path = jsonl(tmp_path / "d.jsonl", [{"text": "fine"}, row])
+    with pytest.raises(InputError, match=message):
+        tokenize_documents(path, tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER]}, "must end with the assistant's turn"),
+        ({"messages": []}, "expected text or a list of messages"),
+        ({"messages": [{"role": "user"}]}, "a message needs 'role' and 'content'"),
+        ({"messages": [{"role": "robot", "content": "x"}, ASSISTANT]}, "unknown role 'robot'"),
+        ({"messages": [{"role": "user", "content": ""}, ASSISTANT]}, "empty or non-text content in a user message"),
+        ({"prompt": "hi"}, "needs 'messages', or 'prompt' and 'response'"),
+        ({"prompt": "hi", "response": 3}, "'response' must be a string"),
+    ],
+)
+def test_a_bad_demonstration_is_named(tmp_path, tiny_tokenizer, row, message):
+    path = jsonl(tmp_path / "d.jsonl", [row])
+    with pytest.raises(InputError, match=rf"d.jsonl:1: .*{message}"):
+        read_conversations(path, tiny_tokenizer, max_length=64)
+
+
+def test_broken_parquet_and_missing_column(tmp_path):
+    path = tmp_path / "d.parquet"
+    path.write_bytes(b"PAR1 nothing")
+    with pytest.raises(InputError, match="not a readable Parquet file"):
+        list(read_rows(path, ["text"]))
+    write_parquet([{"body": "a"}], path)
+    with pytest.raises(InputError, match="no column 'text'; it has body"):
+        list(read_rows(path, ["text"]))
+
+
+def test_the_loss_falls_on_every_assistant_turn_and_its_end_exactly_once(tiny_tokenizer):
+    turns = [USER, ASSISTANT, {"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
+    example = encode_conversation(tiny_tokenizer, turns)
+    trained = tiny_tokenizer.decode(example.token_ids[example.loss_mask])
+    assert trained == f"yes{TURN_END}no{TURN_END}"
+    end = tiny_tokenizer.eos_token_id
+    assert (example.token_ids[example.loss_mask] == end).sum() == 2
+    assert example.token_ids[-1] == end and example.loss_mask[-1]  # nothing behind the last turn's end
+
+
+def test_what_is_trained_in_sft_is_what_a_prompt_and_a_response_are_in_rl(tiny_tokenizer):
+    prompt = prompt_token_ids(tiny_tokenizer, [USER])
+    response = tiny_tokenizer.encode("yes", add_special_tokens=False) + [tiny_tokenizer.eos_token_id]
+    example = encode_conversation(tiny_tokenizer, [USER, ASSISTANT])
+    assert example.token_ids.tolist() == prompt + response
+    assert example.loss_mask.tolist() == [False] * len(prompt) + [True] * len(response)
+
+
+def test_padding_is_not_the_end_of_a_turn(tiny_tokenizer):
+    assert tiny_tokenizer.pad_token_id != tiny_tokenizer.eos_token_id
+    assert stop_token_ids(tiny_tokenizer) == sorted({tiny_tokenizer.eos_token_id, end_of_text_id(tiny_tokenizer)})
+
+
+def test_long_conversations_are_dropped_and_counted(tmp_path, tiny_tokenizer):
+    path = jsonl(tmp_path / "d.jsonl", [{"prompt": "hi", "response": "yes"}, {"prompt": "hi", "response": "x" * 500}])
+    data, turns = read_conversations(path, tiny_tokenizer, max_length=64)
+    assert len(data.examples) == 1 and data.dropped == {"longer than max_length": 1} and turns == ["hi"]
+
+
+def test_documents_are_one_stream_begun_by_end_of_text(tmp_path, tiny_tokenizer):
+    stream = tokenize_documents(jsonl(tmp_path / "d.jsonl", [{"text": "France"}, {"text": "é"}]), tiny_tokenizer)
+    begin = end_of_text_id(tiny_tokenizer)
+    expected = [begin, *tiny_tokenizer.encode("France"), begin, *tiny_tokenizer.encode("é")]
+    assert stream.tokens.tolist() == expected
+    assert (stream.num_documents, stream.num_bytes) == (2, 6 + 2)
+
+
+def test_packed_rows_are_cut_from_the_stream_and_every_epoch_elsewhere():
+    tokens = np.arange(103, dtype=np.uint32)
+    rows = PackedRows(tokens, 10, 2, seed=0)
+    offsets = []
+    for epoch in range(3):
+        steps = range(epoch * rows.order.steps_per_epoch, (epoch + 1) * rows.order.steps_per_epoch)
+        starts = [row[0] for step in steps for row in rows.batch(step)]
+        assert len(set(starts)) == len(starts) and len({start % 10 for start in starts}) == 1
+        offsets.append(starts[0] % 10)
+        for step in steps:
+            assert (np.diff(rows.batch(step)) == 1).all()
+    assert len(set(offsets)) > 1
+
+
+def test_batch_order_is_a_function_of_seed_and_step():
+    first, again = BatchOrder(10, 4, seed=1), BatchOrder(10, 4, seed=1)
+    steps = [first.rows(step).tolist() for step in range(6)]
+    assert [again.rows(step).tolist() for step in (5, 0, 3)] == [steps[5], steps[0], steps[3]]
+    for epoch in range(3):
+        seen = sum(steps[2 * epoch : 2 * epoch + 2], [])
+        assert len(set(seen)) == 8  # no row twice in an epoch
+    assert BatchOrder(10, 4, seed=2).rows(0).tolist() != steps[0]
+    with pytest.raises(ValueError, match="3 rows do not fill one batch of 4"):
+        BatchOrder(3, 4, seed=0)
+
+
+def test_length_grouping_saves_padding():
+    lengths = np.random.default_rng(0).integers(1, 200, size=400)
+
+    def padding(order):
+        return sum(lengths[order.rows(s)].max() * 8 - lengths[order.rows(s)].sum() for s in range(order.steps_per_epoch))
+
+    grouped, plain = BatchOrder(400, 8, seed=0, lengths=lengths), BatchOrder(400, 8, seed=0)
+    assert padding(grouped) < padding(plain) / 4
+    assert sorted(np.concatenate([grouped.rows(s) for s in range(50)]).tolist()) == list(range(400))
+
+
+def test_prompts_keep_their_columns_and_count_what_is_dropped(tmp_path, tiny_tokenizer):
+    rows = [{"prompt": "hi", "kind": "chat"}, {"prompt": "x" * 300, "kind": "long"}, {"prompt": [USER], "kind": "b"}]
+    data = read_prompts(jsonl(tmp_path / "p.jsonl", rows), tiny_tokenizer, max_prompt_tokens=40)
+    assert [row["kind"] for row in data.rows] == ["chat", "b"] and data.dropped == {"longer than 40 tokens": 1}
+    assert data.text(1) == "hi there"
+    assert data.token_ids[1] == prompt_token_ids(tiny_tokenizer, [USER])
+    with pytest.raises(InputError, match="no prompt of at most 3 tokens"):
+        read_prompts(tmp_path / "p.jsonl", tiny_tokenizer, max_prompt_tokens=3)
+
+
+def test_rankings_take_sampled_ids_as_they_are_and_count_pairs(tmp_path, tiny_tokenizer):
+    rows = [
+        {"prompt": [USER], "responses": ["a", "b", "c"], "response_ids": [[5, 6], [7], [8]], "ranks": [1, 0, 1]},
+        {"prompt": "hi", "responses": ["a", "b"], "response_ids": None, "ranks": [0, 0]},
+        {"prompt": "hi", "responses": ["yes", "no"], "response_ids": None, "ranks": [0, 1]},
+    ]
+    data = read_rankings(jsonl(tmp_path / "r.jsonl", rows), tiny_tokenizer, max_length=64)
+    assert data.dropped == {"no pair with a better response": 1} and data.num_pairs == 2 + 1
+    assert data.rankings[0].sequences[0].tolist() == prompt_token_ids(tiny_tokenizer, [USER]) + [5, 6]
+    expected = encode_conversation(tiny_tokenizer, [{"role": "user", "content": "hi"}, ASSISTANT]).token_ids
+    assert data.rankings[1].sequences[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"ranks": [0]}, "2 responses but 1 ranks"), ({"ranks": [0, -1]}, "from 0"), ({"ranks": [0, "b"]}, "from 0")],
+)
+def test_a_bad_ranking_is_named(tmp_path, tiny_tokenizer, change, message):
+    row = {"prompt": "hi", "responses": ["a", "b"], "ranks": [0, 1], **change}
+    with pytest.raises(InputError, match=rf"r.jsonl:1: .*{message}"):
+        read_rankings(jsonl(tmp_path / "r.jsonl", [row]), tiny_tokenizer, max_length=64)
+
+
+def test_pad_right():
+    tokens, mask = pad_right([np.array([1, 2, 3]), np.array([4])], 9)
+    assert tokens.tolist() == [[1, 2, 3], [4, 9, 9]] and mask.tolist() == [[True] * 3, [True, False, False]]
+
+
+def rollout(prompt_id, prompt, response, stopped=True):
+    return Rollout(
+        prompt_id=prompt_id,
+        prompt_token_ids=tuple(prompt),
+        token_ids=tuple(response),
+        logprobs=tuple(-0.5 for _ in response),
+        finish_reason="stop" if stopped else "length",
+        policy_version=0,
+    )
+
+
+def test_collate_aligns_every_field_to_the_sequence():
+    batch = collate([rollout(7, [1, 2], [3, 4]), rollout(8, [1], [5], stopped=False)], pad_token_id=0)
+    assert batch.sequences.tolist() == [[1, 2, 3, 4], [1, 5, 0, 0]]
+    assert batch.attention_mask.tolist() == [[True] * 4, [True, True, False, False]]
+    assert batch.action_mask.tolist() == [[False, False, True, True], [False, True, False, False]]
+    assert batch.rollout_logprobs.tolist() == [[0, 0, -0.5, -0.5], [0, -0.5, 0, 0]]
+    assert batch.prompt_ids.tolist() == [7, 8] and batch.stopped.tolist() == [True, False]
+
+
+def test_experience_checks_shapes_by_field_name():
+    batch = collate([rollout(0, [1, 2], [3])], pad_token_id=0)
+    with pytest.raises(ValueError, match=r"Experience.values has shape \(1, 2\), expected \(1, 3\)"):
+        batch.replace(values=torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="the first token has no predecessor"):
+        batch.replace(action_mask=torch.ones(1, 3, dtype=torch.bool))
+
+
+def test_concat_pads_and_selecting_gives_the_parts_back():
+    parts = [collate([rollout(0, [1, 2], [3, 4])], pad_token_id=0), collate([rollout(1, [1], [2])], pad_token_id=0)]
+    joined = concat(parts)
+    assert joined.sequences.shape == (2, 4)
+    assert joined[1:2].trimmed().sequences.tolist() == parts[1].sequences.tolist()
+    with pytest.raises(ValueError, match="rewards is set in some parts only"):
+        concat([parts[0].replace(rewards=torch.zeros(1)), parts[1]])

@@ -1,0 +1,78 @@
+"""The house's one rule: jobs -> actors -> rayllm, never back; heavy packages have one home each."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HOMES = {
+    "deepspeed": {"rayllm/models/engine.py"},
+    "vllm": {"actors/vllm_engine.py", "actors/serving.py"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def sources(top: str) -> list[Path]:
+    return sorted((ROOT / top).rglob("*.py"))
+
+
+def test_no_import_against_the_rule():
+    forbidden = {"rayllm": {"ray", "actors", "jobs"}, "actors": {"jobs"}, "jobs": set()}
+    bad = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for top, names in forbidden.items()
+        for path in sources(top)
+        for name in imports(path) & names
+    ]
+    assert not bad
+
+
+def test_heavy_packages_have_one_home():
+    bad = [
+        f"{path.relative_to(ROOT)} imports {package}"
+        for top in ("rayllm", "actors", "jobs")
+        for path in sources(top)
+        for package, homes in HOMES.items()
+        if package in imports(path) and str(path.relative_to(ROOT)) not in homes
+    ]
+    assert not bad
+
+
+def test_algorithms_import_torch_and_nothing_of_ours_but_each_other():
+    for path in sources("rayllm/algorithms"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rayllm"):
+                assert node.module.startswith("rayllm.algorithms"), path
+
+
+def test_data_and_models_do_not_import_each_other():
+    for top, other in (("data", "rayllm.models"), ("models", "rayllm.data")):
+        for path in sources(f"rayllm/{top}"):
+            assert other not in path.read_text(), path
+
+
+def test_every_init_is_empty():
+    assert not [p for top in ("rayllm", "actors", "jobs") for p in sources(top) if p.name == "__init__.py" and p.read_text()]
+
+
+def test_importing_the_library_imports_no_backend():
+    code = (
+        "import pkgutil, importlib, sys, rayllm\n"
+        "for m in pkgutil.walk_packages(rayllm.__path__, 'rayllm.'): importlib.import_module(m.name)\n"
+        "bad = [m for m in ('ray', 'vllm', 'deepspeed', 'actors', 'jobs') if m in sys.modules]\n"
+        "sys.exit(f'rayllm pulled in {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
