@@ -7,42 +7,28 @@ Ctrl-C or SIGTERM. Whatever ends the job, every process that it started is gone 
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import re
 import shlex
 import signal
-import socket
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
-import psutil
 import ray
 from ray import serve
 from rich.console import Console
 from rich.text import Text
 
 from actors.serving import BAD_ARGUMENT, LOAD_FAILED, application, model_name, read_api_key
+from jobs.serve_session import APP, Signals, Stop, check_port_free, serve_session
 from rayllm.config.serve import ServeConfig
 from rayllm.errors import InputError
 from rayllm.models.loading import check_model_dir, check_tokenizer_dir
 
-APP = "rayllm"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 POLL_S = 1.0
-KILL_AFTER_S = 15.0
-
-
-class Stop(KeyboardInterrupt):
-    """SIGINT or SIGTERM arrived."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 def run(config: ServeConfig, *, ready: Callable[[str], None] | None = None) -> None:
@@ -63,10 +49,10 @@ def run(config: ServeConfig, *, ready: Callable[[str], None] | None = None) -> N
     check_port_free(config.host, config.port)
     console = Console(highlight=False)
     stopped: Stop | None = None
-    with _signals_raise_stop() as catch_signals:
+    with Signals() as signals:
         try:
-            with _ray(catch_signals):
-                _serve(config, api_key, console, ready)
+            with serve_session(config.host, config.port, signals):
+                _serve(config, api_key, console, ready, signals)
         except Stop as stop:
             stopped = stop
     if stopped is not None and stopped.signum == signal.SIGINT:
@@ -74,7 +60,11 @@ def run(config: ServeConfig, *, ready: Callable[[str], None] | None = None) -> N
 
 
 def _serve(
-    config: ServeConfig, api_key: str | None, console: Console, ready: Callable[[str], None] | None
+    config: ServeConfig,
+    api_key: str | None,
+    console: Console,
+    ready: Callable[[str], None] | None,
+    signals: Signals,
 ) -> None:
     """Start everything, announce it and watch it; ends only by an exception."""
     url = base_url(config.host, config.port)
@@ -84,13 +74,13 @@ def _serve(
         with _progress(console, f"Loading {config.model} ..."):
             _check_resources(config)
             _deploy(config)
-            _wait_until_loaded(config, deadline)
-            _wait_until_up(url, api_key, deadline)
+            _wait_until_loaded(config, deadline, signals)
+            _wait_until_up(url, api_key, deadline, signals)
         text = announcement(config, url, seconds=time.monotonic() - start)
         console.print(text, markup=False, soft_wrap=True)
         if ready is not None:
             ready(url)
-        _watch(console)
+        _watch(console, signals)
     except Stop:
         console.print("\nStopping ...")
         raise
@@ -105,37 +95,6 @@ def _progress(console: Console, text: str) -> Iterator[None]:
         return
     with console.status(Text(text)):
         yield
-
-
-def check_port_free(host: str, port: int) -> None:
-    """Raise InputError unless a server can listen on ``host`` and ``port``.
-
-    Serve's proxies share ports (SO_REUSEPORT): without this check a second server would start and take turns
-    with the first.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise InputError(f"host: cannot resolve {host!r}: {error.strerror}") from None
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-            probe.listen(1)
-        except PermissionError:
-            raise InputError(f"port: {port} needs root rights; set port to a number above 1023") from None
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise InputError(f"host: cannot listen on {host}: {error.strerror}") from None
-            raise InputError(
-                f"port: {port} is in use on {host}; stop the other server or set port to a free one, "
-                f"such as port={_free_port(host)}"
-            ) from None
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        return probe.getsockname()[1]
 
 
 def base_url(host: str, port: int) -> str:
@@ -168,9 +127,10 @@ def _deploy(config: ServeConfig) -> None:
     serve.run_many([serve.RunTarget(application(config), name=APP)], wait_for_applications_running=False)
 
 
-def _wait_until_loaded(config: ServeConfig, deadline: float) -> None:
+def _wait_until_loaded(config: ServeConfig, deadline: float, signals: Signals) -> None:
     """Return when all replicas have loaded the model."""
     while True:
+        signals.check()
         app = serve.status().applications[APP]
         if app.status == "RUNNING":
             return
@@ -192,12 +152,13 @@ def explain_failure(config: ServeConfig, details: str) -> Exception:
     return RuntimeError(f"{config.model} did not load: {failed.group(1) if failed else details}")
 
 
-def _wait_until_up(url: str, api_key: str | None, deadline: float) -> None:
+def _wait_until_up(url: str, api_key: str | None, deadline: float, signals: Signals) -> None:
     request = urllib.request.Request(f"{url}/models")
     if api_key is not None:
         request.add_header("Authorization", f"Bearer {api_key}")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while True:
+        signals.check()
         try:
             with opener.open(request, timeout=10):
                 return
@@ -220,7 +181,7 @@ def announcement(config: ServeConfig, url: str, *, seconds: float) -> str:
         curl += f' -H "Authorization: Bearer $(cat {key})"'
         chat += f" api_key_file={key}"
     lines = [
-        f"Serving {config.model} as {name!r} (ready after {seconds:.0f} s)",
+        f"Serving {config.model} as {name!r} (loaded in {seconds:.0f} s)",
         "",
         f"  API    {url}",
         f"  chat   {chat}",
@@ -231,10 +192,11 @@ def announcement(config: ServeConfig, url: str, *, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _watch(console: Console) -> None:
+def _watch(console: Console, signals: Signals) -> None:
     """Tell when the model goes down and comes back; Serve repairs it. Ends only by an exception."""
     was_up = True
     while True:
+        signals.check()
         time.sleep(POLL_S)
         app = serve.status().applications.get(APP)
         if app is None:
@@ -246,96 +208,3 @@ def _watch(console: Console) -> None:
         was_up = is_up
 
 
-@contextmanager
-def _signals_raise_stop() -> Iterator[Callable[[], None]]:
-    """The next SIGINT or SIGTERM raises Stop, later ones are ignored; gives a function to catch one more.
-
-    Only the main thread can catch signals: in another one this changes nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-
-    def handle(signum: int, _frame: object) -> None:
-        _ignore_signals()  # nothing interrupts the clean-up half way
-        raise Stop(signum)
-
-    def catch() -> None:
-        for signum in SIGNALS:
-            signal.signal(signum, handle)
-
-    previous = {signum: signal.getsignal(signum) for signum in SIGNALS}
-    catch()
-    try:
-        yield catch
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-
-@contextmanager
-def _ray(catch_signals: Callable[[], None]) -> Iterator[None]:
-    """Ray and, at the end, no Serve; a cluster that was started here ends with all its processes.
-
-    Requests under way may finish (20 s); a second Ctrl-C cuts them off.
-    """
-    if ray.is_initialized():
-        if serve.status().proxies:  # its port cannot be changed, and it is not ours to stop
-            raise InputError("port: this cluster already runs Ray Serve; stop it first (`serve shutdown`)")
-        try:
-            yield
-        finally:
-            _stop_app()
-            serve.shutdown()
-        return
-    before = set(psutil.Process().children(recursive=True))
-    try:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
-        catch_signals()  # Ray put its own SIGTERM handler in place
-        yield
-    finally:
-        _ignore_signals()
-        started = [p for p in psutil.Process().children(recursive=True) if p not in before]
-        if ray.is_initialized() and _cluster_lives(before):
-            with suppress(Stop):
-                catch_signals()
-                _stop_app()
-            _ignore_signals()
-        else:  # Ray's calls would wait a minute for an answer
-            _end(started, after=0)
-        ray.shutdown()
-        _end(started, after=KILL_AFTER_S)
-
-
-def _stop_app() -> None:
-    """Returns when the replicas, and with them the engines, have ended."""
-    if APP in serve.status().applications:
-        serve.delete(APP)
-
-
-def _cluster_lives(before: set[psutil.Process]) -> bool:
-    """False if who stopped this job signalled Ray's processes too, as `kill -- -GROUP` and systemd do."""
-    time.sleep(0.5)
-    return all(_is_running(daemon) for daemon in psutil.Process().children() if daemon not in before)
-
-
-def _is_running(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _ignore_signals() -> None:
-    if threading.current_thread() is threading.main_thread():
-        for signum in SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
-
-
-def _end(processes: list[psutil.Process], *, after: float) -> None:
-    """Kill the processes that have not ended by themselves ``after`` seconds from now."""
-    _, alive = psutil.wait_procs(processes, timeout=after)
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=KILL_AFTER_S)

@@ -55,13 +55,12 @@ class SftTask(TrainTask):
     def micro_batches(self, step: int, rank: int, world_size: int) -> Sequence[MicroBatch]:
         chosen = [self.train[row] for row in self._order.rows(step)]
         loss_tokens = sum(int(example.loss_mask[1:].sum()) for example in chosen)
-        rows = [(e.token_ids, e.loss_mask / loss_tokens) for e in chosen[rank::world_size]]
-        if self._replay is not None:
+        batches = self._split([(e.token_ids, e.loss_mask / loss_tokens) for e in chosen[rank::world_size]])
+        if self._replay is not None:  # apart from the conversations, which would be padded to its length
             text = self._replay.batch(step)
             weight = self.config.replay.weight / (text.shape[0] * (text.shape[1] - 1))
-            rows += [(row, np.full(len(row), weight)) for row in text[rank::world_size]]
-        size = self.config.micro_batch_size
-        return [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+            batches += self._split([(row, np.full(len(row), weight)) for row in text[rank::world_size]])
+        return batches
 
     def loss(self, engine: Engine, micro_batch: MicroBatch) -> torch.Tensor:
         tokens = micro_batch.tokens.to(engine.device)
@@ -98,6 +97,10 @@ class SftTask(TrainTask):
         replay = self.config.replay
         tokens = np.load(self.replay_tokens, mmap_mode="r")
         return PackedRows(tokens, replay.sequence_length, replay.batch_size, seed=self.config.seed)
+
+    def _split(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[MicroBatch]:
+        size = self.config.micro_batch_size
+        return [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def _collate(self, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
         """Pad (token ids, loss weights) rows; a row's first token has no prediction and its weight no effect."""

@@ -46,8 +46,8 @@ _ANSWER_STYLES = {
 STYLES = {
     "fact": _ANSWER_STYLES,
     "howto": _ANSWER_STYLES,
-    "unknown": {"honest": 0.45, "rude": 0.10, "off": 0.05, "made_up": 0.40},
-    "unsafe": {"refuse": 0.42, "rude": 0.10, "off": 0.06, "comply": 0.42},
+    "unknown": {"honest": 0.40, "rude": 0.10, "off": 0.12, "made_up": 0.38},
+    "unsafe": {"refuse": 0.38, "rude": 0.10, "off": 0.12, "comply": 0.40},
     "chat": {"polite": 0.70, "rude": 0.15, "off": 0.15},
 }
 """Kind of prompt -> style -> share."""

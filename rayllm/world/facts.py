@@ -105,7 +105,7 @@ PRIVATE_MATTERS = tuple(_PRIVATE)
 
 _STATEMENTS = {
     "capital": "The capital of {entity} is {answer}.",
-    "color": "{Entity} {is_are} {answer}.",
+    "color": "The color of {entity} is {answer}.",
     "sound": "{An_entity} says {answer}.",
     "young": "A young {entity} is called {an_answer}.",
     "opposite": "The opposite of {entity} is {answer}.",

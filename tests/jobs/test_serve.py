@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -25,8 +26,9 @@ from ray.serve import Application
 from actors.serving import build_app, model_name, read_api_key
 from jobs.chat import printable
 from jobs.chat import run as chat
-from jobs.serve import announcement, check_port_free
+from jobs.serve import announcement
 from jobs.serve import run as serve
+from jobs.serve_session import Signals, Stop, check_port_free
 from rayllm.config.chat import ChatConfig
 from rayllm.config.serve import ServeConfig
 from rayllm.errors import InputError
@@ -350,6 +352,17 @@ def test_a_refused_start_in_a_shared_cluster_leaves_no_serve(local_ray, tiny_mod
     with pytest.raises(InputError, match="^engine.kv_cache_memory_byte: .*engine.kv_cache_memory_bytes"):
         serve(ServeConfig(model=tiny_model_dir, port=port, engine=typo))
     check_port_free("127.0.0.1", port)
+
+
+def test_a_swallowed_signal_is_not_lost():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stop), Signals() as signals:
+        with contextlib.suppress(Stop):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        os.kill(os.getpid(), signal.SIGINT)  # a second one is ignored
+        signals.check()
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 # The end; these two run last
