@@ -18,6 +18,7 @@ import httpx
 import openai
 from rich.console import Console
 
+from rayllm.config.base import Loaded
 from rayllm.config.chat import ChatConfig
 from rayllm.config.serve import is_loopback
 from rayllm.errors import InputError
@@ -48,12 +49,13 @@ class Conversation:
         return head + self.turns
 
 
-def run(config: ChatConfig) -> None:
-    """Chat until /quit, Ctrl-D or the end of the input; with ``config.prompt`` answer that and return.
+def run(loaded: Loaded[ChatConfig], console: Console, *, verbose: bool = False) -> None:
+    """The `chat` job: chat until /quit, Ctrl-D or the end of the input; with ``config.prompt`` answer that and return.
 
     Raises:
         InputError: the server cannot be reached, refuses the key, lacks the model or refuses a message.
     """
+    config = loaded.config
     with suppress(AttributeError):  # a replaced stdout may not have it
         sys.stdout.reconfigure(errors="replace")
     with _client(config) as client:
@@ -258,3 +260,9 @@ def _set_temperature(argument: str, conversation: Conversation) -> str:
         return f"/temperature {argument}: expected a number >= 0; it stays {conversation.temperature:g}"
     conversation.temperature = value
     return f"Temperature {value:g}."
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("chat")

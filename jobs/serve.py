@@ -14,7 +14,7 @@ import shlex
 import signal
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
@@ -24,6 +24,7 @@ from rich.text import Text
 
 from actors.serving import BAD_ARGUMENT, LOAD_FAILED, application, model_name, read_api_key
 from jobs.serve_session import APP, Signals, Stop, check_port_free, serve_session
+from rayllm.config.base import Loaded
 from rayllm.config.serve import ServeConfig
 from rayllm.errors import InputError
 from rayllm.models.loading import check_model_dir, check_tokenizer_dir
@@ -31,28 +32,24 @@ from rayllm.models.loading import check_model_dir, check_tokenizer_dir
 POLL_S = 1.0
 
 
-def run(config: ServeConfig, *, ready: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGTERM (returns) or Ctrl-C (exits with 130).
-
-    Args:
-        config: what to serve and where.
-        ready: called with the server's base address (``http://.../v1``) once it answers.
+def run(loaded: Loaded[ServeConfig], console: Console, *, verbose: bool = False) -> None:
+    """The `serve` job: serve until SIGTERM (returns) or Ctrl-C (exits with 130).
 
     Raises:
         InputError: the model, the key file, the port or an engine argument is wrong; too few CPUs.
         RuntimeError: the model did not load, or the cluster broke.
         SystemExit: 130 after Ctrl-C.
     """
+    config = loaded.config
     check_model_dir(config.model, key="model")
     check_tokenizer_dir(config.model, key="model")
     api_key = None if config.api_key_file is None else read_api_key(config.api_key_file)
     check_port_free(config.host, config.port)
-    console = Console(highlight=False)
     stopped: Stop | None = None
     with Signals() as signals:
         try:
             with serve_session(config.host, config.port, signals):
-                _serve(config, api_key, console, ready, signals)
+                _serve(config, api_key, console, signals)
         except Stop as stop:
             stopped = stop
     if stopped is not None and stopped.signum == signal.SIGINT:
@@ -63,7 +60,6 @@ def _serve(
     config: ServeConfig,
     api_key: str | None,
     console: Console,
-    ready: Callable[[str], None] | None,
     signals: Signals,
 ) -> None:
     """Start everything, announce it and watch it; ends only by an exception."""
@@ -78,8 +74,6 @@ def _serve(
             _wait_until_up(url, api_key, deadline, signals)
         text = announcement(config, url, seconds=time.monotonic() - start)
         console.print(text, markup=False, soft_wrap=True)
-        if ready is not None:
-            ready(url)
         _watch(console, signals)
     except Stop:
         console.print("\nStopping ...")
@@ -208,3 +202,9 @@ def _watch(console: Console, signals: Signals) -> None:
         was_up = is_up
 
 
+
+
+if __name__ == "__main__":
+    from jobs.cli import main_of
+
+    main_of("serve")

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import psutil
 import ray
 from ray import serve
 
+from jobs.session import cluster_lives, ray_session
 from rayllm.errors import InputError
 
 APP = "rayllm"
 """Name of the application in Serve."""
 
-KILL_AFTER_S = 15.0
+PORT_FREE_AFTER_S = 15.0
 
 
 class Stop(KeyboardInterrupt):
@@ -120,24 +120,17 @@ def serve_session(host: str, port: int, signals: Signals) -> Iterator[None]:
             serve.shutdown()
             _wait_until_free(host, port)
         return
-    before = set(psutil.Process().children(recursive=True))
-    try:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error")
-        signals.check()
-        signals.catch()  # Ray put its own SIGTERM handler in place
-        yield
-    finally:
-        signals.ignore()
-        started = [p for p in psutil.Process().children(recursive=True) if p not in before]
-        if ray.is_initialized() and _cluster_lives(before):
-            with suppress(Stop):
-                signals.catch()
-                _stop_app()
+    with ray_session(None):
+        try:
+            signals.check()
+            yield
+        finally:
             signals.ignore()
-        else:  # Ray's calls would wait a minute for an answer
-            _end(started, after=0)
-        ray.shutdown()
-        _end(started, after=KILL_AFTER_S)
+            if cluster_lives():
+                with suppress(Stop):
+                    signals.catch()
+                    _stop_app()
+            signals.ignore()
 
 
 def _stop_app() -> None:
@@ -148,30 +141,8 @@ def _stop_app() -> None:
 
 def _wait_until_free(host: str, port: int) -> None:
     """The proxy ends a moment after Serve's shutdown returns."""
-    deadline = time.monotonic() + KILL_AFTER_S
+    deadline = time.monotonic() + PORT_FREE_AFTER_S
     while time.monotonic() < deadline:
         with suppress(InputError):
             return check_port_free(host, port)
         time.sleep(0.1)
-
-
-def _cluster_lives(before: set[psutil.Process]) -> bool:
-    """False if who stopped this job signalled Ray's processes too, as `kill -- -GROUP` and systemd do."""
-    time.sleep(0.5)
-    return all(_is_running(daemon) for daemon in psutil.Process().children() if daemon not in before)
-
-
-def _is_running(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _end(processes: list[psutil.Process], *, after: float) -> None:
-    """Kill the processes that have not ended by themselves ``after`` seconds from now."""
-    _, alive = psutil.wait_procs(processes, timeout=after)
-    for process in alive:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=KILL_AFTER_S)

@@ -7,29 +7,37 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
+import psutil
 import ray
 
 TEMP_PREFIX = "rayllm-"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+KILL_AFTER_S = 15.0
 
 
 @contextmanager
-def ray_session(logs_dir: Path, *, verbose: bool = False) -> Iterator[None]:
+def ray_session(logs_dir: Path | None, *, verbose: bool = False) -> Iterator[None]:
     """Connect to the cluster named by RAY_ADDRESS (set inside a Ray job), or start one here.
 
-    A local cluster lives in a temporary folder of its own; at the end its processes stop, the workers' logs move to
-    ``logs_dir`` and the folder goes. If a session is already open, it is used and left open.
+    A local cluster lives in a temporary folder of its own, and so do the temporary files of its workers. At the end
+    its processes are stopped, the logs move to ``logs_dir`` (None: they are dropped) and the folder goes. If a
+    session is already open, it is used and left open.
     """
     if ray.is_initialized():
         yield
         return
     _quiet_libraries(verbose)
+    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    level = logging.INFO if verbose else logging.ERROR
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR)
+        ray.init(log_to_driver=verbose, logging_level=level)
+        _put_back(handlers)
         try:
             yield
         finally:
@@ -37,29 +45,87 @@ def ray_session(logs_dir: Path, *, verbose: bool = False) -> Iterator[None]:
         return
     _remove_stale_folders()
     folder = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp"))
+    before = set(psutil.Process().children(recursive=True))
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-            _temp_dir=str(folder),
-        )
+        with _temporary_files_in(folder / "tmp"):
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level=level,
+                _temp_dir=str(folder),
+            )
+        _put_back(handlers)  # Ray replaces the one of SIGTERM
         yield
     finally:
-        with _no_interrupt():
-            ray.shutdown()
+        _ignore_signals()  # nothing interrupts the clean-up half way
+        _stop_cluster(before)
+        if logs_dir is not None:
             _keep_logs(folder, logs_dir)
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        _put_back(handlers)
 
 
 def _quiet_libraries(verbose: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray on CPU workers
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # else each report to Ray Train waits up to 2 s
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     if not verbose:
         for name in ("ray", "ray.train", "ray.serve", "transformers", "deepspeed", "DeepSpeed", "vllm"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """For processes started meanwhile: vLLM and DeepSpeed leave sockets and files in TMPDIR."""
+    folder.mkdir()
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("TMPDIR")
+        if before is not None:
+            os.environ["TMPDIR"] = before
+
+
+def _stop_cluster(before: set[psutil.Process]) -> None:
+    """Shut Ray down and end every process that was started since ``before``, engines of dead actors included."""
+    started = [p for p in psutil.Process().children(recursive=True) if p not in before]
+    if not cluster_lives():  # Ray's calls would wait a minute for an answer
+        end_processes(started, after=0)
+    ray.shutdown()
+    end_processes(started, after=KILL_AFTER_S)
+
+
+def cluster_lives() -> bool:
+    """False if whoever stopped this job signalled Ray's daemons too, as `kill -- -GROUP` and systemd do."""
+    time.sleep(0.2)
+    daemons = [p for p in psutil.Process().children() if _is_daemon(p)]
+    return bool(daemons) and all(_is_running(daemon) for daemon in daemons)
+
+
+def end_processes(processes: list[psutil.Process], *, after: float) -> None:
+    """Kill the processes that have not ended by themselves ``after`` seconds from now."""
+    _, alive = psutil.wait_procs(processes, timeout=after)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=KILL_AFTER_S)
+
+
+def _is_daemon(process: psutil.Process) -> bool:
+    try:
+        return process.name() in ("gcs_server", "raylet")
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _keep_logs(folder: Path, logs_dir: Path) -> None:
@@ -73,21 +139,16 @@ def _keep_logs(folder: Path, logs_dir: Path) -> None:
 def _remove_stale_folders() -> None:
     """Of sessions whose process was killed outright."""
     for folder in Path("/tmp").glob(f"{TEMP_PREFIX}[0-9]*-*"):
-        pid = int(folder.name.removeprefix(TEMP_PREFIX).split("-")[0])
-        if not Path(f"/proc/{pid}").exists():
+        pid = folder.name.removeprefix(TEMP_PREFIX).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """A second Ctrl-C must not stop the clean-up half way."""
+def _put_back(handlers: dict[signal.Signals, object]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)  # type: ignore[arg-type]
 
-    def ignore(signum: int, frame: FrameType | None) -> None:
-        return
 
-    previous = {s: signal.signal(s, ignore) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+def _ignore_signals() -> None:
+    _put_back({signum: signal.SIG_IGN for signum in SIGNALS})

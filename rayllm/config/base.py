@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -83,8 +84,9 @@ def load_config(
         InputError: missing or malformed file, unknown key (with the nearest known one), bad value.
     """
     tree, origins = read_yaml(path) if path is not None else ({}, {})
+    text_keys = {key for key, kind, _, _ in describe_fields(cls) if kind in ("str", "str | None")}
     for override in overrides:
-        apply_override(tree, origins, override)
+        apply_override(tree, origins, override, text_keys)
     return validate(cls, tree, origins)
 
 
@@ -108,8 +110,10 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return tree, origins
 
 
-def apply_override(tree: dict[str, Any], origins: dict[str, str], override: str) -> None:
-    """Set ``section.key=value`` in ``tree``; the value is read as YAML."""
+def apply_override(
+    tree: dict[str, Any], origins: dict[str, str], override: str, text_keys: Collection[str] = ()
+) -> None:
+    """Set ``section.key=value`` in ``tree``; the value is read as YAML, or taken as it is for ``text_keys``."""
     key, sep, text = override.partition("=")
     if not sep or not key:
         raise InputError(f"{override!r}: expected section.key=value")
@@ -120,7 +124,7 @@ def apply_override(tree: dict[str, Any], origins: dict[str, str], override: str)
         if not isinstance(node, dict):
             raise InputError(f"{override!r}: {parent!r} is a value, not a section")
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = text if key in text_keys and text != "null" else yaml.safe_load(text)
     except yaml.YAMLError:
         node[leaf] = text
     origins[key] = "command line"

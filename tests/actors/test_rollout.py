@@ -226,6 +226,28 @@ def test_a_prompt_id_that_stands_twice_is_sampled_twice(local_ray, actor, prompt
     assert first == generate(local_ray, actor, [prompts[0]], num_samples=1)[0]
 
 
+def test_more_prompt_tokens_than_a_batch_takes_are_sampled_all_the_same(local_ray, actor):
+    # On CPU vLLM's engine dies when it cuts a seeded prompt at the batch's token budget.
+    prompts = [(i, [5 + (i + j) % 200 for j in range(300)]) for i in range(40)]
+    rollouts = local_ray.get(
+        actor.generate.remote(prompts, num_samples=2, temperature=1.0, max_new_tokens=3, step=0)
+    )
+    assert [r.prompt_id for r in rollouts] == [i for i in range(40) for _ in range(2)]
+
+
+def test_kept_prompts_come_back_as_a_batch(local_ray, actor, prompts):
+    token_ids = [ids for _, ids in prompts]
+    settings = {"num_samples": 2, "temperature": 0.7, "max_new_tokens": 6}
+    local_ray.get(actor.set_prompts.remote(token_ids, **settings))
+    batch = local_ray.get(actor.experience.remote([2, 0], step=3))
+    expected = local_ray.get(actor.generate.remote([(2, token_ids[2]), (0, token_ids[0])], step=3, **settings))
+    assert batch.prompt_ids.tolist() == [2, 2, 0, 0]
+    for row, rollout in enumerate(expected):  # the tokens sampled are the tokens trained
+        sampled = batch.sequences[row][batch.action_mask[row]].tolist()
+        assert sampled == list(rollout.token_ids)
+        assert batch.rollout_logprobs[row][batch.action_mask[row]].tolist() == pytest.approx(rollout.logprobs)
+
+
 def test_no_prompts_give_no_rollouts(local_ray, actor):
     assert generate(local_ray, actor, []) == []
 

@@ -24,11 +24,14 @@ from pydantic import ValidationError
 from ray.serve import Application
 
 from actors.serving import build_app, model_name, read_api_key
+from rich.console import Console
+
 from jobs.chat import printable
-from jobs.chat import run as chat
+from jobs.chat import run as run_chat
 from jobs.serve import announcement
-from jobs.serve import run as serve
+from jobs.serve import run as run_serve
 from jobs.serve_session import Signals, Stop, check_port_free
+from rayllm.config.base import Loaded
 from rayllm.config.chat import ChatConfig
 from rayllm.config.serve import ServeConfig
 from rayllm.errors import InputError
@@ -39,9 +42,11 @@ TURN_END_ID = 2
 PROMPTS = ["Hello", "What colour is snow?", "Paris", "Count: 1 2 3", "The capital of France is"]
 SCRIPT = """
 import json, sys
+from rich.console import Console
 from jobs.serve import run
+from rayllm.config.base import Loaded
 from rayllm.config.serve import ServeConfig
-run(ServeConfig.model_validate(json.loads(sys.argv[1])))
+run(Loaded(ServeConfig.model_validate(json.loads(sys.argv[1]))), Console(highlight=False))
 """
 
 
@@ -246,6 +251,14 @@ def test_a_client_that_leaves_frees_the_engine(server):
 
 
 # Chat
+
+
+def chat(config: ChatConfig) -> None:
+    run_chat(Loaded(config), Console())
+
+
+def serve(config: ServeConfig) -> None:
+    run_serve(Loaded(config), Console())
 
 
 def _chat_config(server, **options) -> ChatConfig:

@@ -152,3 +152,11 @@ def test_learning_rate_schedules_by_hand():
 def test_shards_divide_over_learner_ranks_and_feed_every_rollout_actor(policy, critic, rollout, shards):
     config = ppo(f"policy.num_actors={policy}", f"critic.num_actors={critic}", f"rollout.num_actors={rollout}").config
     assert config.num_shards == shards
+
+
+@pytest.mark.parametrize("text", ["42", "yes", "Answer: yes", "[a", "1e-3"])
+def test_text_on_the_command_line_stays_text(text):
+    from rayllm.config.chat import ChatConfig
+
+    assert load_config(ChatConfig, None, [f"prompt={text}"]).config.prompt == text
+    assert load_config(ChatConfig, None, ["prompt=null"]).config.prompt is None

@@ -82,7 +82,7 @@ def test_sentences_are_well_formed():
     statements = {fact.statement for fact in facts}
     for expected in (
         "The color of grass is green.",
-        "Mice are gray.",
+        "The color of mice is gray.",
         "An owl says hoot.",
         "A young owl is called an owlet.",
     ):

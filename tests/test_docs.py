@@ -1,0 +1,68 @@
+"""The README tells the truth: its tree is the tree, its commands are run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from jobs.cli import COMMANDS, parse
+from rayllm.config.base import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+RUN_BY = {
+    "make quickstart": ".ci/run",
+    "make test": ".ci/run",
+    "make lint": ".ci/run",
+    ".venv/bin/rayllm serve model=runs/quickstart/ppo/model": ".ci/run",
+    ".venv/bin/rayllm chat": ".ci/run",
+    ".venv/bin/rayllm sft run_dir=runs/mine": ".ci/run",
+    "ray job submit --address http://HEAD:8265": "tests/jobs/test_pipeline.py",
+    "rayllm sft --config my-sft.yaml --address": "tests/jobs/test_pipeline.py",
+}
+"""Beginning of a command -> the file that runs it."""
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", README + (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_command_of_the_docs_is_run_somewhere():
+    for command in commands():
+        homes = [home for start, home in RUN_BY.items() if command.startswith(start)]
+        assert homes, f"nothing runs {command!r}"
+    ci = (ROOT / ".ci/run").read_text()
+    for start, home in RUN_BY.items():
+        if home == ".ci/run":
+            words = shlex.split(start.removeprefix(".venv/bin/"))
+            assert all(word in ci for word in words[:2]), start
+
+
+def test_rayllm_commands_of_the_docs_have_known_keys(tmp_path):
+    for command in commands():
+        words = shlex.split(command)
+        if not words[0].endswith("rayllm"):
+            continue
+        name, *arguments = words[1:]
+        parsed = parse(name, arguments)
+        if parsed.config is None:
+            load_config(COMMANDS[name].config_class(), None, parsed.overrides)
+
+
+def test_the_tree_names_every_file():
+    tree = README.split("## The house")[1].split("## Development")[0]
+    for top in ("jobs", "actors", "rayllm"):
+        for path in (ROOT / top).rglob("*.py"):
+            assert path.name == "__init__.py" or path.name in tree, f"README's tree does not name {path.relative_to(ROOT)}"
+    named = set(re.findall(r"\b([a-z_]+\.py)\b", tree))
+    existing = {path.name for top in ("jobs", "actors", "rayllm") for path in (ROOT / top).rglob("*.py")}
+    assert not named - existing
+
+
+def test_every_command_has_its_row():
+    for name in COMMANDS:
+        assert f"`rayllm {name}`" in README, name
