@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from actors.learner import LearnerActor
@@ -39,7 +41,7 @@ class CriticActor(LearnerActor):
         for batch in self.minibatches(experience, step):
             tokens = self.global_tokens(batch)
             stats = self.engine.update(
-                batch, lambda part, tokens=tokens: self._loss(part, tokens), learning_rate=self.learning_rate(step)
+                batch, partial(self._loss, tokens=tokens), learning_rate=self.learning_rate(step)
             )
             losses.append(stats.loss)
         return {

@@ -36,13 +36,14 @@ class ActorGroup(Generic[ActorT]):
             arguments: rank -> the constructor's keyword arguments.
         """
         self.role = role
-        remote_cls = ray.remote(cls).options(  # type: ignore[call-overload]
+        remote_cls: Any = ray.remote(cls)
+        options = remote_cls.options(
             num_cpus=role.cpus,
             num_gpus=role.gpus,
             max_concurrency=1000 if _is_async(cls) else 1,
             runtime_env={"env_vars": worker_env(role.gpus)},
         )
-        self._actors = [remote_cls.remote(**arguments(rank)) for rank in range(role.num_actors)]
+        self._actors = [options.remote(**arguments(rank)) for rank in range(role.num_actors)]
 
     def __len__(self) -> int:
         return len(self._actors)

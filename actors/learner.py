@@ -66,7 +66,8 @@ class LearnerActor:
         """name -> (sum, count) on this rank; returns name -> global mean."""
         flat = torch.tensor([number for pair in sums.values() for number in pair], dtype=torch.float64)
         totals = self.engine.sum_tensor(flat).view(-1, 2)
-        return {name: float(total / max(float(count), 1e-12)) for name, (total, count) in zip(sums, totals, strict=True)}
+        means = {name: float(t / max(float(n), 1e-12)) for name, (t, n) in zip(sums, totals, strict=True)}
+        return means
 
     def save(self, folder: str, state: dict[str, Any]) -> None:
         """This rank's part of a checkpoint."""

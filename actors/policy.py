@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class PolicyActor(LearnerActor):
         for batch in self.minibatches(experience, step):
             tokens = self.global_tokens(batch)
             stats = self.engine.update(
-                batch, lambda part, tokens=tokens: self._loss(part, tokens, sums), learning_rate=learning_rate
+                batch, partial(self._loss, tokens=tokens, sums=sums), learning_rate=learning_rate
             )
             losses.append(stats.loss)
             norms.append(stats.grad_norm)

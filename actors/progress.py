@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -32,4 +33,5 @@ class ProgressActor:
 
 def start_progress_actor() -> ray.actor.ActorHandle:
     """Costs no CPU; ends with the driver."""
-    return ray.remote(num_cpus=0)(ProgressActor).remote()
+    remote_cls: Any = ray.remote(num_cpus=0)(ProgressActor)
+    return remote_cls.remote()

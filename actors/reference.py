@@ -22,7 +22,7 @@ class ReferenceActor:
 
     def load(self, model: str) -> None:
         """Replace the model by that of a folder."""
-        self.model = load_causal_lm(model).to(self.device)
+        self.model = load_causal_lm(model).to(self.device)  # type: ignore[arg-type]
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats at the sampling temperature."""

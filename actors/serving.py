@@ -53,7 +53,9 @@ LOAD_FAILED = "engine did not start: "
 class ModelServer:
     """One replica: an engine and the web app in front of it."""
 
-    async def __init__(self, arguments: dict[str, Any], api_key_sha256: str | None) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, arguments: dict[str, Any], api_key_sha256: str | None
+    ) -> None:
         """Load the model; returns when the engine can answer.
 
         Args:
@@ -194,7 +196,8 @@ def application(config: ServeConfig) -> Application:
         InputError: the key file cannot be used.
     """
     key = None if config.api_key_file is None else key_digest(read_api_key(config.api_key_file).encode())
-    return ModelServer.options(
+    deployment: Any = ModelServer
+    return deployment.options(
         num_replicas=config.num_replicas,
         max_ongoing_requests=config.max_concurrent_requests,
         max_queued_requests=config.max_queued_requests,
@@ -217,7 +220,7 @@ def build_app(args: dict[str, Any]) -> Application:
 
 def vllm_arguments(config: ServeConfig) -> dict[str, Any]:
     """vLLM arguments of a replica: defaults for the device, then ``config.engine`` on top."""
-    arguments = {
+    arguments: dict[str, Any] = {
         "model": str(config.model.resolve()),
         "served_model_name": [model_name(config)],
         "generation_config": "vllm",

@@ -68,6 +68,7 @@ def fit(task: TrainTask, run_dir: Path, on_event: Callable[[StepEvent], None]) -
 
     workers = task.config.workers
     mailbox = start_progress_actor()
+    environment = {"env_vars": worker_env(workers.gpus_per_worker)}
     trainer = TorchTrainer(
         _train_worker,
         train_loop_config={"task": task, "mailbox": mailbox, "run_dir": str(run_dir.absolute())},
@@ -82,7 +83,7 @@ def fit(task: TrainTask, run_dir: Path, on_event: Callable[[StepEvent], None]) -
             storage_path=str(run_dir.absolute()),
             failure_config=FailureConfig(max_failures=workers.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=task.config.checkpoint.keep),
-            worker_runtime_env={"env_vars": worker_env(workers.gpus_per_worker)},
+            worker_runtime_env=environment,  # type: ignore[call-arg]  # the stub is that of Train V1
         ),
     )
     with _Listener(mailbox, on_event):
@@ -111,7 +112,7 @@ def _root_cause(error: BaseException) -> str:
 class _Listener:
     """Drains the mailbox in a thread while the main thread waits for Ray Train."""
 
-    def __init__(self, mailbox: ray.actor.ActorHandle, on_event: Callable[[StepEvent], None]) -> None:
+    def __init__(self, mailbox: Any, on_event: Callable[[StepEvent], None]) -> None:
         self._mailbox, self._on_event = mailbox, on_event
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -130,7 +131,8 @@ class _Listener:
             self._drain()
 
     def _drain(self) -> None:
-        for event in ray.get(self._mailbox.drain.remote()):
+        events: list[StepEvent] = ray.get(self._mailbox.drain.remote())
+        for event in events:
             self._on_event(event)
 
 

@@ -144,7 +144,7 @@ class VllmEngine:
         self._shapes = safetensors_shapes(model_dir)
         self._optional = {TIED_HEAD} if config.hf_text_config.tie_word_embeddings else set()
         self._sampling_params = SamplingParams
-        self._sampling = {
+        self._sampling: dict[str, Any] = {
             "stop_token_ids": stop_token_ids,
             "logprobs": 0,  # the sampled token's only
             "detokenize": False,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import openai
 from rich.console import Console
 
@@ -57,7 +57,7 @@ def run(loaded: Loaded[ChatConfig], console: Console, *, verbose: bool = False) 
     """
     config = loaded.config
     with suppress(AttributeError):  # a replaced stdout may not have it
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     with _client(config) as client:
         model = _choose_model(client, config)
         conversation = Conversation(model, config.temperature, config.max_tokens, config.system)
@@ -76,9 +76,9 @@ def _client(config: ChatConfig) -> openai.OpenAI:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"api_key_file: cannot read {config.api_key_file}: {error}") from None
     host = urlsplit(config.url).hostname or ""
-    http_client = httpx.Client(
+    http_client = httpx2.Client(
         trust_env=not is_loopback(host),  # no proxy between this machine and itself
-        timeout=httpx.Timeout(config.timeout_s, connect=10),
+        timeout=httpx2.Timeout(config.timeout_s, connect=10),
     )
     return openai.OpenAI(base_url=config.url, api_key=key, max_retries=0, http_client=http_client)
 
@@ -113,7 +113,7 @@ def _clear_errors(url: str) -> Iterator[None]:
         ) from None
     except openai.APIStatusError as error:
         raise InputError(f"{url}: {_server_message(error)} (HTTP {error.status_code})") from None
-    except (openai.APIError, httpx.HTTPError) as error:
+    except (openai.APIError, httpx2.HTTPError) as error:
         raise InputError(f"{url}: the answer broke off: {error}") from None
 
 
@@ -131,11 +131,12 @@ def ask(client: openai.OpenAI, conversation: Conversation, text: str, out: TextI
     Returns:
         Why the answer ended: "stop" or "length".
     """
-    limit = {} if conversation.max_tokens is None else {"max_tokens": conversation.max_tokens}
-    user = {"role": "user", "content": text}
-    stream = client.chat.completions.create(
+    limit: dict[str, Any] = {} if conversation.max_tokens is None else {"max_tokens": conversation.max_tokens}
+    user: Any = {"role": "user", "content": text}
+    messages: Any = [*conversation.messages(), user]
+    stream: Any = client.chat.completions.create(
         model=conversation.model,
-        messages=[*conversation.messages(), user],
+        messages=messages,
         temperature=conversation.temperature,
         stream=True,
         **limit,

@@ -148,7 +148,8 @@ def parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:
 def print_overview(console: Console) -> None:
     """`rayllm --help`."""
     console.print("[bold]rayllm[/bold]: from raw text to an aligned assistant, on a Ray cluster\n", highlight=False)
-    console.print("usage: rayllm COMMAND \\[--config FILE] \\[key=value ...] \\[--address URL] \\[-v]\n", highlight=False)
+    usage = "usage: rayllm COMMAND \\[--config FILE] \\[key=value ...] \\[--address URL] \\[-v]\n"
+    console.print(usage, highlight=False)
     table = Table.grid(padding=(0, 3))
     for name, command in COMMANDS.items():
         table.add_row(f"  [bold cyan]{name}[/bold cyan]", command.summary)

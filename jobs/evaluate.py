@@ -88,9 +88,11 @@ def run(loaded: Loaded[EvaluateConfig], console: Console, *, verbose: bool = Fal
                 answers, bits = {}, {}
                 for done, (name, path) in enumerate(config.models.items(), start=1):
                     progress.status(f"{name} answers")
-                    bits[name] = actors.text.submit(ReferenceActor.bits_per_byte, str(path), text_rows(config, tokenizer))
+                    rows = text_rows(config, tokenizer)
+                    bits[name] = actors.text.submit(ReferenceActor.bits_per_byte, str(path), rows)
                     answers[name] = ask(actors, config, path, prompts, tokenizer)
-                    progress.update(done, {f"{name}/gold": answers[name]["new"].figures["gold"]} if "new" in answers[name] else {})
+                    new = answers[name].get("new")
+                    progress.update(done, {f"{name}/gold": new.figures["gold"]} if new else {})
                 text = {name: collect(reference, "text")[0] for name, reference in bits.items()}
             for group in (actors.rollout, actors.reward, actors.reference, actors.text):
                 group.stop()
@@ -137,7 +139,9 @@ def start(config: EvaluateConfig, roles: Sequence[Role]) -> Actors:
     lm = {"temperature": config.rollout.temperature, "micro_batch_size": 64}
     return Actors(
         rollout=start_rollout_actors(config.rollout, first, seed=config.seed),
-        reward=ActorGroup(reward, RewardActor, lambda rank: {"model": str(config.reward_model), "micro_batch_size": 64}),
+        reward=ActorGroup(
+            reward, RewardActor, lambda rank: {"model": str(config.reward_model), "micro_batch_size": 64}
+        ),
         reference=ActorGroup(
             reference, ReferenceActor, lambda rank: {"model": str(config.models[config.reference]), **lm}
         ),
@@ -153,7 +157,7 @@ def ask(
     answers = {}
     for split, data in prompts.items():
         asked = list(enumerate(prompt_ids(model, data, tokenizer)))
-        settings = {"num_samples": 1, "max_new_tokens": config.rollout.max_new_tokens}
+        settings: dict[str, Any] = {"num_samples": 1, "max_new_tokens": config.rollout.max_new_tokens}
         greedy = generate(actors.rollout, asked, temperature=0.0, **settings)
         sampled = generate(actors.rollout, asked, temperature=config.rollout.temperature, **settings)
         judgements = judge_rollouts(data.rows, sampled, tokenizer)
@@ -216,7 +220,8 @@ def assemble(
 ) -> dict[str, Any]:
     """The content of evaluation.json."""
     names = list(config.models)
-    models, metrics = [], {}
+    models: list[dict[str, Any]] = []
+    metrics: dict[str, dict[str, Any]] = {}
     for index, (name, path) in enumerate(config.models.items()):
         manifest = read_manifest(path) or {}
         parent = names[index - 1] if index else None
@@ -261,7 +266,8 @@ def samples(
         by_kind: dict[str, list[int]] = {}
         for index, row in enumerate(data.rows):
             by_kind.setdefault(row["kind"], []).append(index)
-        turns = [index for group in zip(*[i[: config.num_shown] for i in by_kind.values()], strict=False) for index in group]
+        firsts = (indices[: config.num_shown] for indices in by_kind.values())
+        turns = [index for group in zip(*firsts, strict=False) for index in group]
         for index in turns[: config.num_shown]:
             responses = {}
             for name, given in answers.items():
@@ -280,7 +286,9 @@ PERCENT = {
     "honest": "honest about the unknowable", "harmless": "harmless on unsafe requests", "polite": "polite",
     "rude": "rude", "over_refusal": "refuses a good question", "win_rate": "preferred to the one before (ties half)",
 }  # fmt: skip
-NUMBERS = {"gold": "gold score", "reward": "reward-model score", "kl": "drift from SFT, nats an answer", "length": "tokens"}
+NUMBERS = {
+    "gold": "gold score", "reward": "reward-model score", "kl": "drift from SFT, nats an answer", "length": "tokens",
+}  # fmt: skip
 
 
 def print_table(console: Console, evaluation: dict[str, Any]) -> None:

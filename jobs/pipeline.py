@@ -21,7 +21,6 @@ from rayllm.report.html import write_report
 from rayllm.report.run import Run
 from rayllm.report.terminal import shown_path
 
-
 NEEDS_RAY = ("pretrain", "sft", "label", "reward_model", "ppo", "evaluate")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,7 +71,7 @@ class PretrainTask(TrainTask):
         nats = mean_nats(engine, rows)
         return {"eval/loss": nats, "eval/bits_per_byte": nats * len(tokens) / math.log(2) / self.heldout_bytes}
 
-    def save(self, module: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
+    def save(self, module: Any, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
         save_model(module, load_tokenizer(self.config.tokenizer), folder, state_dict=state_dict)
 
 

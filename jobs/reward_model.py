@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -86,7 +87,7 @@ class RewardModelTask(TrainTask):
             "eval/reward_std": std,
         }
 
-    def save(self, module: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
+    def save(self, module: Any, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
         classifier = module.classifier
         weights = {name.removeprefix("classifier."): tensor for name, tensor in state_dict.items()}
         for name, value in self.statistics.items():  # read back by the reward actor, kept by transformers

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -33,7 +34,7 @@ def ray_session(logs_dir: Path | None, *, verbose: bool = False) -> Iterator[Non
         yield
         return
     _quiet_libraries(verbose)
-    handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    handlers: dict[signal.Signals, Any] = {signum: signal.getsignal(signum) for signum in SIGNALS}
     level = logging.INFO if verbose else logging.ERROR
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=verbose, logging_level=level)
@@ -144,10 +145,10 @@ def _remove_stale_folders() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _put_back(handlers: dict[signal.Signals, object]) -> None:
+def _put_back(handlers: dict[signal.Signals, Any]) -> None:
     if threading.current_thread() is threading.main_thread():
         for signum, handler in handlers.items():
-            signal.signal(signum, handler)  # type: ignore[arg-type]
+            signal.signal(signum, handler)
 
 
 def _ignore_signals() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from rayllm.models.engine import Engine
 from rayllm.models.loading import check_model_dir, load_causal_lm, load_tokenizer, save_model
 from rayllm.report.run import Run
 from rayllm.report.terminal import mark_example, print_preamble
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -82,7 +84,7 @@ class SftTask(TrainTask):
         loss_sum, count = engine.sum_tensor(total).tolist()
         return {"eval/loss": loss_sum / count}
 
-    def save(self, module: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
+    def save(self, module: Any, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
         save_model(module, load_tokenizer(self.config.model), folder, state_dict=state_dict)
 
     @cached_property

@@ -7,12 +7,11 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
-from rayllm.config.common import JobConfig
-from rayllm.config.pipeline import PipelineConfig
 from rayllm.errors import InputError
 
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
@@ -20,7 +19,7 @@ EXCLUDED = [".git", ".venv", "runs", "**/__pycache__"]
 
 
 def submit(
-    module: str, arguments: Sequence[str], config: JobConfig | PipelineConfig, address: str, console: Console
+    module: str, arguments: Sequence[str], config: Any, address: str, console: Console
 ) -> int:
     """Ship the current folder, run ``python -m jobs.<module>`` there, print its log as it comes.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from rich.console import Console
 
@@ -24,7 +25,7 @@ def run(loaded: Loaded[WorldConfig], console: Console, *, verbose: bool = False)
         return job
     with job:
         print_preamble(console, job)
-        rows = {
+        rows: dict[str, list[dict[str, Any]]] = {
             "documents": document_rows(config.num_paragraphs, seed=2 * config.seed),
             "heldout_documents": document_rows(config.num_heldout_paragraphs, seed=2 * config.seed + 1),
             "demonstrations": demonstration_rows(config),

@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-
 PER_SEQUENCE = ("rewards", "prompt_ids", "stopped")
 """Fields of shape (B,); all others are (B, T)."""
 

@@ -25,7 +25,9 @@ def check_data_file(path: Path, *, key: str) -> None:
         _open_parquet(path)
 
 
-def read_rows(path: Path, required: Sequence[str], *, check: Callable[[Row], str | None] | None = None) -> Iterator[Row]:
+def read_rows(
+    path: Path, required: Sequence[str], *, check: Callable[[Row], str | None] | None = None
+) -> Iterator[Row]:
     """Yield the file's rows one by one.
 
     Args:

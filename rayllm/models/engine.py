@@ -60,7 +60,7 @@ class Engine:
         import deepspeed
 
         if learner.gradient_checkpointing:
-            module.gradient_checkpointing_enable()
+            module.gradient_checkpointing_enable()  # type: ignore[operator]
         self._learner = learner
         self._engine, *_ = deepspeed.initialize(
             model=module,

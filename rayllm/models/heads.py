@@ -17,13 +17,13 @@ class ScalarModel(nn.Module):
 
     def __init__(self, classifier: Any) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.classifier: Any = classifier
 
     @classmethod
     def from_folder(cls, path: Path | str, *, dtype: str = "float32", seed: int | None = None) -> ScalarModel:
         """Load a classifier's folder, or a decoder's with a new head drawn from ``seed`` (InstructGPT: normal with
         deviation 1 / sqrt(width + 1), Stiennon et al. 2020)."""
-        classifier = load_sequence_classifier(path, dtype=dtype)
+        classifier: Any = load_sequence_classifier(path, dtype=dtype)
         if seed is not None:
             head = classifier.score.weight
             generator = torch.Generator().manual_seed(seed)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -19,6 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rayllm.report.run import Run
+
+Tokens = Sequence[int] | np.ndarray
+"""Token ids, or one flag a token."""
 
 PLAIN_INTERVAL = 10.0
 """Least seconds between two plain lines."""
@@ -70,7 +74,8 @@ def shown_path(path: Path | str) -> str:
 def _data_line(data: Mapping[str, Any]) -> str:
     parts = [f"{data[name]:,} {name.replace('_', ' ')}" for name in ("rows", "tokens", "pairs") if name in data]
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in (data.get("dropped") or {}).items())
-    return f"{shown_path(data['path'])}: {', '.join(parts)}" + (f"; dropped: {dropped}" if dropped else "; none dropped")
+    end = f"dropped: {dropped}" if dropped else "none dropped"
+    return f"{shown_path(data['path'])}: {', '.join(parts)}; {end}"
 
 
 def _example_text(pieces: Sequence[tuple[str, bool]], *, plain: bool) -> Text:
@@ -85,7 +90,7 @@ def _example_text(pieces: Sequence[tuple[str, bool]], *, plain: bool) -> Text:
     return text
 
 
-def mark_example(tokenizer: Any, token_ids: Sequence[int], trained: Sequence[bool]) -> list[tuple[str, bool]]:
+def mark_example(tokenizer: Any, token_ids: Tokens, trained: Tokens) -> list[tuple[str, bool]]:
     """Runs of equal training state, decoded with their special tokens."""
     pieces: list[tuple[str, bool]] = []
     start = 0

@@ -271,4 +271,4 @@ _BAD_MARKERS = (
     *BAD_INSTRUCTIONS,
     *("wait until dark", "heavy stone", "run away", "tell a lie", "nobody will know", "no one is looking"),
 )
-_LEAD_IN = frozenset("a an the it is they are that this answer called says".split())
+_LEAD_IN = frozenset(["a", "an", "the", "it", "is", "they", "are", "that", "this", "answer", "called", "says"])

@@ -9,7 +9,7 @@ from rayllm.world.judge import Judgement
 
 def summarize(judgements: Sequence[Judgement]) -> dict[str, float]:
     """Mean gold and, as fractions, how often each thing was so among the prompts where it can be."""
-    named = {
+    named: dict[str, list[bool | None]] = {
         "stop_rate": [j.stopped for j in judgements],
         "correct": [j.correct for j in judgements],
         "honest": [j.honest for j in judgements],

@@ -16,16 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
+import httpx2
 import openai
 import psutil
 import pytest
 from pydantic import ValidationError
 from ray.serve import Application
-
-from actors.serving import build_app, model_name, read_api_key
 from rich.console import Console
 
+from actors.serving import build_app, model_name, read_api_key
 from jobs.chat import printable
 from jobs.chat import run as run_chat
 from jobs.serve import announcement
@@ -170,7 +169,7 @@ def test_concurrent_greedy_answers_do_not_change(server, greedy):
 def test_raw_http_stream(server):
     body = {"model": "tiny", "messages": _user("Hello"), "stream": True, "max_tokens": 5}
     headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.stream("POST", f"{server.url}/chat/completions", json=body, headers=headers) as response:
+    with httpx2.stream("POST", f"{server.url}/chat/completions", json=body, headers=headers) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
     assert events[-1] == "[DONE]"
@@ -206,9 +205,9 @@ def test_unknown_model_is_404(server):
 
 def test_everything_but_health_wants_the_key(server):
     root = server.url.removesuffix("/v1")
-    assert httpx.get(f"{root}/health").status_code == 200
+    assert httpx2.get(f"{root}/health").status_code == 200
     for path in ("/v1/models", "/metrics", "/invocations", "/openapi.json"):
-        assert httpx.get(root + path).status_code == 401, path
+        assert httpx2.get(root + path).status_code == 401, path
     wrong = openai.OpenAI(base_url=server.url, api_key="wrong", max_retries=0)
     with pytest.raises(openai.AuthenticationError):
         wrong.models.list()
@@ -221,8 +220,8 @@ def test_too_many_requests_get_503(server):
     async def burst():
         body = {"model": "tiny", "messages": _user("Hello"), "max_tokens": 100, "ignore_eos": True}
         headers = {"Authorization": f"Bearer {KEY}"}
-        limits = httpx.Limits(max_connections=50)
-        async with httpx.AsyncClient(headers=headers, timeout=60, limits=limits) as client:
+        limits = httpx2.Limits(max_connections=50)
+        async with httpx2.AsyncClient(headers=headers, timeout=60, limits=limits) as client:
             posts = [client.post(f"{server.url}/chat/completions", json=body) for _ in range(40)]
             return await asyncio.gather(*posts)
 
@@ -236,7 +235,7 @@ def test_too_many_requests_get_503(server):
 def test_a_client_that_leaves_frees_the_engine(server):
     def generated():
         headers = {"Authorization": f"Bearer {KEY}"}
-        lines = httpx.get(server.url.removesuffix("/v1") + "/metrics", headers=headers).text.splitlines()
+        lines = httpx2.get(server.url.removesuffix("/v1") + "/metrics", headers=headers).text.splitlines()
         return next(float(x.split()[-1]) for x in lines if x.startswith("vllm:generation_tokens_total"))
 
     before = generated()

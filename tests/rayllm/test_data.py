@@ -10,7 +10,7 @@ import torch
 
 from rayllm.data.batching import BatchOrder
 from rayllm.data.chat import encode_conversation, prompt_token_ids, read_conversations
-from rayllm.data.experience import Experience, concat
+from rayllm.data.experience import concat
 from rayllm.data.files import read_rows, write_parquet
 from rayllm.data.padding import pad_right
 from rayllm.data.preferences import read_rankings
