@@ -55,11 +55,11 @@ def test_rayllm_commands_of_the_docs_have_known_keys(tmp_path):
 
 def test_the_tree_names_every_file():
     tree = README.split("## The house")[1].split("## Development")[0]
-    for top in ("jobs", "actors", "rayllm"):
+    for top in ("jobs", "actors", "rayllm", "bench"):
         for path in (ROOT / top).rglob("*.py"):
             assert path.name == "__init__.py" or path.name in tree, f"README's tree does not name {path.relative_to(ROOT)}"
     named = set(re.findall(r"\b([a-z_]+\.py)\b", tree))
-    existing = {path.name for top in ("jobs", "actors", "rayllm") for path in (ROOT / top).rglob("*.py")}
+    existing = {path.name for top in ("jobs", "actors", "rayllm", "bench") for path in (ROOT / top).rglob("*.py")}
     assert not named - existing
 
 

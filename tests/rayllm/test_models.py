@@ -87,4 +87,4 @@ def test_the_new_head_is_drawn_from_its_seed(tiny_model_dir):
     heads = [ScalarModel.from_folder(tiny_model_dir, seed=seed).classifier.score.weight for seed in (1, 1, 2)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     # 1 / sqrt(64 + 1) = 0.124
-    assert 0.08 < float(heads[0].std()) < 0.17
+    assert 0.08 < heads[0].std().item() < 0.17
