@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,11 +87,16 @@ def fit(task: TrainTask, run_dir: Path, on_event: Callable[[StepEvent], None]) -
             worker_runtime_env=environment,  # type: ignore[call-arg]  # the stub is that of Train V1
         ),
     )
-    with _Listener(mailbox, on_event):
-        try:
-            trainer.fit()
-        except Exception as error:  # Ray Train's own types wrap the worker's error; its text is what helps
-            raise RuntimeError(f"training failed: {_root_cause(error)}") from error
+    training = _in_thread(trainer.fit)
+    while not training.done():
+        _drain(mailbox, on_event)
+        wait([training], timeout=POLL_SECONDS)
+    _drain(mailbox, on_event)
+    try:
+        training.result()
+    except Exception as error:  # Ray Train's own types wrap the worker's error; its text is what helps
+        raise RuntimeError(f"training failed: {_root_cause(error)}") from error
+    ray.kill(mailbox)
 
 
 def _resources(config: TrainConfig) -> dict[str, float]:
@@ -109,31 +115,24 @@ def _root_cause(error: BaseException) -> str:
     return _root_cause(cause) if isinstance(cause, BaseException) else f"{type(error).__name__}: {error}"
 
 
-class _Listener:
-    """Drains the mailbox in a thread while the main thread waits for Ray Train."""
+def _in_thread(call: Callable[[], object]) -> Future:
+    """Ray Train takes Ctrl-C over when it runs in the main thread, and then ends the process with status 1."""
+    future: Future = Future()
 
-    def __init__(self, mailbox: Any, on_event: Callable[[StepEvent], None]) -> None:
-        self._mailbox, self._on_event = mailbox, on_event
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
 
-    def __enter__(self) -> None:
-        self._thread.start()
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._drain()
-        ray.kill(self._mailbox)
 
-    def _listen(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            self._drain()
-
-    def _drain(self) -> None:
-        events: list[StepEvent] = ray.get(self._mailbox.drain.remote())
-        for event in events:
-            self._on_event(event)
+def _drain(mailbox: Any, on_event: Callable[[StepEvent], None]) -> None:
+    events: list[StepEvent] = ray.get(mailbox.drain.remote())
+    for event in events:
+        on_event(event)
 
 
 def _train_worker(settings: dict[str, Any]) -> None:

@@ -22,6 +22,9 @@ from rayllm.errors import InputError
 LOG_WIDTH = 140
 """Columns of tables and paragraphs when the output goes to a file or a pipe."""
 
+_terminated: list[int] = []
+"""Holds SIGTERM once it came."""
+
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 
@@ -77,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_INPUT)
     except KeyboardInterrupt:
         console.print("stopped; the same command continues where it was", highlight=False)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(EXIT_TERMINATED if _terminated else EXIT_INTERRUPTED)
 
 
 def main_of(name: str) -> None:
@@ -177,8 +180,10 @@ def print_command_help(console: Console, name: str, command: Command) -> None:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds like Ctrl-C, so that everything is cleaned up."""
-    raise SystemExit(EXIT_TERMINATED)
+    """SIGTERM unwinds like Ctrl-C, so that everything is cleaned up. Only a KeyboardInterrupt passes through a call of
+    Ray: a SystemExit becomes status 1, and a subclass becomes its parent."""
+    _terminated.append(signum)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def ray_session(logs_dir: Path | None, *, verbose: bool = False) -> Iterator[Non
         finally:
             ray.shutdown()
         return
-    _remove_stale_folders()
+    _remove_stale_sessions()
     folder = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp"))
     before = set(psutil.Process().children(recursive=True))
     try:
@@ -137,12 +137,20 @@ def _keep_logs(folder: Path, logs_dir: Path) -> None:
             shutil.copy2(log, logs_dir / log.name)
 
 
-def _remove_stale_folders() -> None:
-    """Of sessions whose process was killed outright."""
+def _remove_stale_sessions() -> None:
+    """What jobs that were killed outright have left: Ray's agents live on for minutes, the folder for ever."""
     for folder in Path("/tmp").glob(f"{TEMP_PREFIX}[0-9]*-*"):
         pid = folder.name.removeprefix(TEMP_PREFIX).split("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            end_processes([p for p in psutil.process_iter() if _writes_to(p, folder)], after=0)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _writes_to(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return any(file.path.startswith(f"{folder}/") for file in process.open_files())
+    except psutil.Error:  # gone, or another user's
+        return False
 
 
 def _put_back(handlers: dict[signal.Signals, Any]) -> None:

@@ -104,7 +104,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            stopped = issubclass(kind, KeyboardInterrupt | SystemExit)
+            stopped = issubclass(kind, KeyboardInterrupt)
             self._save(status="stopped" if stopped else "failed", error=None if stopped else str(error)[:4000])
         self._lock.close()
         (self.dir / ".lock").unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def test_every_stage_is_done_and_says_so(tiny_run):
 def test_the_block_before_the_first_step_shows_settings_data_and_an_example(tiny_run):
     _, output = tiny_run
     flat = " ".join(output.split())
-    assert "num_steps = 8" in flat and "tiny.yaml:6, default 600" in flat
+    assert "num_steps = 8" in flat and "tiny.yaml:5, default 600" in flat
     assert "200 rows" in flat and "none dropped" in flat
     assert "<|im_start|>assistant⏎[[" in flat  # trained tokens are marked
     assert "workers: 2 x 1 CPU, ZeRO-2, float32" in flat and "rollout: 1 x 0.4 CPU" in flat
@@ -117,7 +118,7 @@ def test_the_evaluation_covers_every_model_and_split(tiny_run):
     against = evaluation["metrics"]["ppo"]["new"]
     assert against["win"] + against["tie"] + against["lose"] == pytest.approx(1)
     assert abs(evaluation["metrics"]["sft"]["new"]["kl"]) < 1e-3  # the reference against itself
-    assert len(evaluation["samples"]) == 10
+    assert {sample["split"] for sample in evaluation["samples"]} == {"new", "held"}
 
 
 def test_the_report_stands_alone(tiny_run):
@@ -195,7 +196,6 @@ def test_a_killed_ppo_run_continues_and_ends_the_same(tiny_run, tmp_path):
     assert first.poll() is None, first.communicate()[0]
     first.kill()
     first.wait()
-    wait_for(lambda: not leftovers(before), 60)
     again = rayllm(*ppo_arguments(tiny_run, run_dir))
     assert again.returncode == 0, again.stdout
     assert "resumes in" in again.stdout
@@ -203,7 +203,7 @@ def test_a_killed_ppo_run_continues_and_ends_the_same(tiny_run, tmp_path):
     undisturbed, resumed = events(source / "ppo")[-1]["metrics"], events(run_dir)[-1]["metrics"]
     for name in ("eval/gold", "eval/rewards", "objective/rewards", "objective/kl", "loss/value"):
         assert resumed[name] == pytest.approx(undisturbed[name], rel=1e-3, abs=1e-3)
-    assert not session_folders()  # the killed run's folder went when the next one started
+    assert not session_folders() and not leftovers(before)  # what the killed run left went when the next one started
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -238,7 +238,7 @@ def test_a_failing_worker_is_one_clear_line_and_status_1(tiny_run, tmp_path):
     overrides = [f"run_dir={tmp_path / 'run'}", "optimizer.learning_rate=1e30", "workers.max_failures=0"]
     done = rayllm("pretrain", "--config", source / "pretrain/config.yaml", *overrides)
     assert done.returncode == 1, done.stdout
-    assert "failed: training failed: rank" in done.stdout and "the loss is" in done.stdout
+    assert re.search(r"failed: training failed: rank \d.*: the (loss|gradient norm) is (nan|inf)", done.stdout), done.stdout
     assert "Traceback" not in done.stdout
     assert record(tmp_path / "run")["status"] == "failed"
 
@@ -253,7 +253,8 @@ def cluster(tmp_path_factory):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
-    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a job's entry point is `python -m ...`
+    env = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled"}
     folder = tmp_path_factory.mktemp("ray")
     command = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
                f"--temp-dir={folder}", "--disable-usage-stats"]  # fmt: skip
@@ -287,7 +288,7 @@ def test_a_job_runs_on_a_cluster_and_returns_its_status(cluster, tiny_run, tmp_p
     assert "✓ tokenizer" in done.stdout  # the job's own log
     assert record(tmp_path / "run")["status"] == "done"
     wrong = rayllm(
-        "tokenizer", "--config", source / "tokenizer/config.yaml", f"run_dir={tmp_path / 'run'}", "vocab_size=400",
+        "tokenizer", "--config", source / "tokenizer/config.yaml", f"run_dir={tmp_path / 'run'}", "vocab_size=400", "overwrite=false",
         "--address", cluster,
     )  # fmt: skip
     assert wrong.returncode == 2 and "overwrite=true" in " ".join(wrong.stdout.split())
