@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rayllm.config.base import Config, describe_fields, load_config
+from rayllm.config.base import Config, describe_fields, is_on_hub, load_config
 from rayllm.errors import InputError
+from rayllm.lineage import config_inputs
 
 LOG_WIDTH = 140
 """Columns of tables and paragraphs when the output goes to a file or a pipe."""
@@ -106,6 +107,10 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
         given = ["--config", str(parsed.config)] if parsed.config else []
         return submit(command.module, [*given, *parsed.overrides], loaded.config, parsed.address, console)
     signal.signal(signal.SIGTERM, _terminate)
+    if any(is_on_hub(path) for path in config_inputs(loaded.config).values()):
+        from rayllm.models.hub import fetch_models
+
+        loaded = fetch_models(loaded)
     module = importlib.import_module(f"jobs.{command.module}")
     try:
         job = module.run(loaded, console, verbose=parsed.verbose)

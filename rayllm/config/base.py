@@ -15,6 +15,14 @@ from pydantic_core import PydanticUndefined
 
 from rayllm.errors import InputError
 
+HUB_PREFIX = "hf:/"
+"""How a path on the Hugging Face hub begins; ``Path`` makes one slash of two."""
+
+
+def is_on_hub(path: Path) -> bool:
+    """Whether a config's path names something on the hub, as ``hf://ORG/NAME``."""
+    return str(path).startswith(HUB_PREFIX)
+
 
 class Config(BaseModel):
     """Base of every config section: immutable, unknown keys are errors, field docstrings become the help."""
@@ -43,7 +51,9 @@ class Config(BaseModel):
         """Workers run in other folders than the command: paths are absolute from here on."""
         if isinstance(value, dict):
             return {key: cls._absolute(item) for key, item in value.items()}
-        return value.expanduser().absolute() if isinstance(value, Path) else value
+        if not isinstance(value, Path) or is_on_hub(value):
+            return value
+        return value.expanduser().absolute()
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from rayllm.config.base import is_on_hub, load_config
+from rayllm.config.sft import SftConfig
 from rayllm.errors import InputError
 from rayllm.models.heads import ScalarModel, sequence_rewards, token_values
+from rayllm.models.hub import fetch, fetch_models
 from rayllm.models.loading import (
     check_model_dir,
     count_stored_parameters,
     create_causal_lm,
+    load_causal_lm,
     load_tokenizer,
     max_positions,
     num_parameters,
@@ -88,3 +95,32 @@ def test_the_new_head_is_drawn_from_its_seed(tiny_model_dir):
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     # 1 / sqrt(64 + 1) = 0.124
     assert 0.08 < heads[0].std().item() < 0.17
+
+
+HUB_REVISION = "0123456789012345678901234567890123456789"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, tiny_model_dir):
+    """A cache of huggingface_hub with one model, as a download leaves it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repo = tmp_path / "hub/models--org--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(HUB_REVISION)
+    return Path(shutil.copytree(tiny_model_dir, repo / "snapshots" / HUB_REVISION))
+
+
+def test_a_model_on_the_hub_stands_for_its_folder(hub_cache, tmp_path):
+    for name in ("hf://org/tiny", f"hf://org/tiny@{HUB_REVISION}"):
+        loaded = load_config(SftConfig, None, [f"run_dir={tmp_path}/r", f"model={name}", f"data={tmp_path}/d.jsonl"])
+        assert is_on_hub(loaded.config.model)
+        assert fetch_models(loaded).config.model == hub_cache
+    load_causal_lm(hub_cache)
+
+
+def test_a_model_that_the_hub_does_not_have_is_named(hub_cache):
+    with pytest.raises(InputError, match="model: cannot fetch org/other from the Hugging Face hub"):
+        fetch(Path("hf://org/other"), key="model")
