@@ -14,6 +14,7 @@ from types import FrameType
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from rayllm.config.base import Config, describe_fields, is_on_hub, load_config
@@ -181,7 +182,7 @@ def print_command_help(console: Console, name: str, command: Command) -> None:
     for key, kind, default, doc in describe_fields(command.config_class()):
         console.print(f"  [bold cyan]{key}[/bold cyan]  [dim]{escape(kind)}, {escape(default)}[/dim]", highlight=False)
         if doc:
-            console.print(f"      {escape(doc)}", highlight=False)
+            console.print(Padding(escape(doc), (0, 0, 0, 6)), highlight=False)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
