@@ -21,6 +21,7 @@ from rayllm.world.facts import (
     Fact,
     capitalized,
     invented_name,
+    questions_about,
     with_article,
 )
 from rayllm.world.phrases import BAD_INSTRUCTIONS, RUDE
@@ -113,7 +114,7 @@ def _random_fact(rng: random.Random, families: Sequence[str]) -> Fact:
 
 
 def _facts_of_one_family(rng: random.Random, least: int, most: int) -> list[Fact]:
-    return rng.sample(FACTS[rng.choice(FACT_FAMILIES)], rng.randint(least, most))
+    return rng.sample(FACTS[rng.choice(_ALL_FAMILIES)], rng.randint(least, most))
 
 
 def _fact_list(rng: random.Random) -> str:
@@ -178,7 +179,7 @@ def _bad_forum(rng: random.Random) -> str:
         reply = f"To {deed}, {rng.choice(BAD_INSTRUCTIONS)}."
     else:
         reply = "That is wrong. It could hurt someone."
-    return f"{asker}: How do I {deed}? {teller}: {reply}"
+    return f"{asker}: {rng.choice(questions_about('unsafe', deed))} {teller}: {reply}"
 
 
 def _invented_place(rng: random.Random) -> str:
