@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -14,10 +15,11 @@ from rayllm.config.ppo import PPOConfig
 from rayllm.data.experience import Experience
 from rayllm.models.engine import Engine
 from rayllm.models.heads import ScalarModel, token_values
+from rayllm.models.loading import is_sequence_classifier, load_tokenizer, save_model
 
 
 class CriticActor(LearnerActor):
-    """One rank of the critic; it starts from the reward model (InstructGPT, C.4)."""
+    """One rank of the critic; unless told otherwise it starts from the reward model (InstructGPT, C.4)."""
 
     def __init__(self, *, rank: int, world_size: int, config: PPOConfig) -> None:
         super().__init__(rank=rank, world_size=world_size, config=config, role=config.critic)
@@ -25,7 +27,8 @@ class CriticActor(LearnerActor):
     def setup(self, address: tuple[str, int]) -> None:
         """Join the ranks and load the model."""
         self.join(address)
-        model = ScalarModel.from_folder(self.config.reward_model)
+        start = self.config.critic.model or self.config.reward_model or self.config.model
+        model = ScalarModel.from_folder(start, seed=None if is_sequence_classifier(start) else self.config.seed)
         self.engine = Engine(model, self.role.optimizer, self.role.learner)
 
     def values(self, shard: Experience) -> torch.Tensor:
@@ -48,6 +51,14 @@ class CriticActor(LearnerActor):
             "loss/value": self.engine.sum_over_ranks(sum(losses)) / len(losses),
             "value/explained_variance": self.engine.sum_over_ranks(float(variance)) / self.world_size,
         }
+
+    def export(self, folder: str) -> None:
+        """Write the model folder, as that of a reward model (rank 0; every rank must be called)."""
+        weights = self.engine.state_dict()
+        if self.rank == 0:
+            weights = {name.removeprefix("classifier."): tensor for name, tensor in weights.items()}
+            tokenizer = load_tokenizer(self.config.model)
+            save_model(self.engine.module.classifier, tokenizer, Path(folder), state_dict=weights)
 
     def _loss(self, part: Experience, tokens: float) -> torch.Tensor:
         part = part.to(self.engine.device)

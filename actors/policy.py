@@ -1,4 +1,4 @@
-"""The policy: the model being trained (PPO's policy half)."""
+"""The policy: the model being trained."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
+from rayllm.algorithms.off_policy import importance_weights
 
 from actors.learner import LearnerActor
-from actors.scoring import per_token
+from actors.scoring import mean_nats, per_token
 from actors.weights import pack
-from rayllm.algorithms.advantages import gae, masked_moments, whiten
+from rayllm.algorithms.advantages import ADVANTAGES, masked_moments, whiten
 from rayllm.algorithms.kl import kl_estimate
-from rayllm.algorithms.logprobs import token_logprobs
-from rayllm.algorithms.losses import policy_loss
+from rayllm.algorithms.logprobs import token_entropy, token_logprobs
+from rayllm.algorithms.losses import aggregate, language_model_loss, policy_loss
 from rayllm.algorithms.metrics import approx_kl, clip_fraction, masked_mean
-from rayllm.algorithms.rewards import per_token_rewards
+from rayllm.algorithms.rewards import group_normalize, overlong_penalty, per_token_rewards, standardize
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.experience import Experience
+from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
 from rayllm.models.loading import load_causal_lm, load_tokenizer, save_model
 
@@ -27,8 +30,20 @@ from rayllm.models.loading import load_causal_lm, load_tokenizer, save_model
 class PolicyActor(LearnerActor):
     """One rank of the policy."""
 
-    def __init__(self, *, rank: int, world_size: int, config: PPOConfig) -> None:
+    def __init__(self, *, rank: int, world_size: int, config: PPOConfig, ptx_tokens: Path | None = None) -> None:
+        """
+        Args:
+            rank, world_size: this process among the policy's.
+            config: of the run.
+            ptx_tokens: the pretraining text to mix in, as ``tokenize_documents`` saved it.
+        """
         super().__init__(rank=rank, world_size=world_size, config=config, role=config.policy)
+        self.estimator = ADVANTAGES[config.algorithm.advantage]
+        self.ptx: PackedRows | None = None
+        if ptx_tokens is not None:
+            tokens = np.load(ptx_tokens, mmap_mode="r")
+            ptx = config.ptx
+            self.ptx = PackedRows(tokens, ptx.sequence_length, ptx.batch_size, seed=config.seed)
 
     def setup(self, address: tuple[str, int]) -> None:
         """Join the ranks and load the model."""
@@ -44,55 +59,96 @@ class PolicyActor(LearnerActor):
         self,
         shard: Experience,
         rewards: torch.Tensor,
+        baselines: torch.Tensor | None,
         logprobs: torch.Tensor,
-        ref_logprobs: torch.Tensor,
-        values: torch.Tensor,
+        ref_logprobs: torch.Tensor | None,
+        values: torch.Tensor | None,
+        *,
+        kl_coef: float,
+        scale: tuple[float, float] | None,
     ) -> Experience:
-        """The shard with all that both updates need: KL-penalised token rewards, advantages, returns."""
-        algorithm = self.config.algorithm
+        """The shard with all that the updates need: token rewards, advantages, returns, off-policy weights.
+
+        Args:
+            shard: rollouts.
+            rewards: (B,) scores.
+            baselines: (B,) scores of the greedy responses, for ReMax.
+            logprobs, ref_logprobs, values: (B, T); the last two None in a run without them.
+            kl_coef: of this step.
+            scale: mean and deviation to take out of the scores; None leaves them.
+        """
+        algorithm, mask = self.config.algorithm, shard.action_mask
+        penalty_in_reward = ref_logprobs is not None and algorithm.kl_in == "reward"
         token_rewards = per_token_rewards(
-            rewards - algorithm.missing_eos_penalty * (~shard.stopped),
+            self._shaped(rewards, shard, scale),
             logprobs,
-            ref_logprobs,
-            shard.action_mask,
-            kl_coef=algorithm.kl_coef,
+            ref_logprobs if penalty_in_reward else logprobs,
+            mask,
+            kl_coef=kl_coef if penalty_in_reward else 0.0,
             estimator=algorithm.kl_estimator,
-            clip=algorithm.reward_clip,
+            clip=self.config.shaping.clip,
         )
-        advantages, returns = gae(
-            token_rewards, values, shard.action_mask, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda
+        if baselines is not None:
+            baselines = self._shaped(baselines, shard, scale)
+        advantages, returns = self.estimator.estimate(
+            token_rewards,
+            mask,
+            values=values,
+            prompt_ids=shard.prompt_ids,
+            baseline=baselines,
+            gamma=algorithm.gamma,
+            gae_lambda=algorithm.gae_lambda,
         )
+        weights = importance_weights(
+            logprobs, shard.rollout_logprobs, mask,
+            kind=algorithm.off_policy, low=algorithm.off_policy_low, high=algorithm.off_policy_high,
+        )  # fmt: skip
+        filled = {"ref_logprobs": ref_logprobs, "values": values}
         return shard.replace(
             rewards=rewards,
             logprobs=logprobs,
-            ref_logprobs=ref_logprobs,
-            values=values,
             advantages=advantages,
             returns=returns,
+            weights=weights,
+            **{name: tensor for name, tensor in filled.items() if tensor is not None},
         )
 
-    def update(self, *shards: Experience, step: int) -> dict[str, float]:
-        """Whiten over the global batch, then clipped policy steps. Returns metrics of rollouts and update."""
+    def _shaped(self, rewards: torch.Tensor, shard: Experience, scale: tuple[float, float] | None) -> torch.Tensor:
+        """(B,) scores, put on a scale, with what the response's length and end take off."""
+        shaping, lengths = self.config.shaping, shard.action_mask.sum(1)
+        if scale is not None:
+            rewards = standardize(rewards, *scale)
+        if shaping.normalize == "group":
+            rewards = group_normalize(rewards, shard.prompt_ids)
+        rewards = rewards - shaping.missing_eos_penalty * (~shard.stopped) - shaping.length_penalty * lengths
+        if shaping.overlong_buffer:
+            limit = self.config.rollout.max_new_tokens
+            rewards = rewards + overlong_penalty(lengths, max_length=limit, buffer=shaping.overlong_buffer)
+        return rewards
+
+    def update(self, *shards: Experience, step: int, kl_coef: float) -> dict[str, float]:
+        """Clipped policy steps on the step's experience. Returns metrics of rollouts and update."""
         experience = self.joined(shards)
         metrics = self.mean_over_ranks(self._rollout_sums(experience))
-        moments = self.engine.sum_tensor(masked_moments(experience.advantages, experience.action_mask))
-        experience = experience.replace(
-            advantages=whiten(experience.advantages, experience.action_mask, moments=moments)
-        )
-        if step < self.config.algorithm.critic_warmup_steps:
+        if self.estimator.whitens:
+            moments = self.engine.sum_tensor(masked_moments(experience.advantages, experience.action_mask))
+            experience = experience.replace(
+                advantages=whiten(experience.advantages, experience.action_mask, moments=moments)
+            )
+        if self.estimator.needs_critic and step < self.config.critic.warmup_steps:
             return metrics
-        return {**metrics, **self._optimize(experience, step)}
+        return {**metrics, **self._optimize(experience, step, kl_coef)}
 
-    def _optimize(self, experience: Experience, step: int) -> dict[str, float]:
+    def _optimize(self, experience: Experience, step: int, kl_coef: float) -> dict[str, float]:
         losses: list[float] = []
         norms: list[float] = []
-        sums = {"policy/clipfrac": (0.0, 0.0), "policy/approx_kl": (0.0, 0.0)}
+        sums: dict[str, tuple[float, float]] = {}
         learning_rate = self.learning_rate(step)
-        for batch in self.minibatches(experience, step):
-            tokens = self.global_tokens(batch)
-            stats = self.engine.update(
-                batch, partial(self._loss, tokens=tokens, sums=sums), learning_rate=learning_rate
-            )
+        algorithm = self.config.algorithm
+        for index, batch in enumerate(self.minibatches(experience, step)):
+            text = self._ptx_batches(step * algorithm.num_epochs * algorithm.num_minibatches + index)
+            loss = partial(self._loss, normalizer=self._normalizer(batch), kl_coef=kl_coef, sums=sums)
+            stats = self.engine.update([*batch, *text], loss, learning_rate=learning_rate)
             losses.append(stats.loss)
             norms.append(stats.grad_norm)
         return {
@@ -102,39 +158,92 @@ class PolicyActor(LearnerActor):
             **self.mean_over_ranks(sums),
         }
 
-    def _loss(self, part: Experience, tokens: float, sums: dict[str, tuple[float, float]]) -> torch.Tensor:
+    def _loss(
+        self,
+        part: Experience | torch.Tensor,
+        *,
+        normalizer: float,
+        kl_coef: float,
+        sums: dict[str, tuple[float, float]],
+    ) -> torch.Tensor:
+        """Part of the minibatch's loss: the parts of all micro-batches and ranks sum to it."""
+        if isinstance(part, torch.Tensor):
+            return self._ptx_loss(part, sums)
+        algorithm = self.config.algorithm
         part = part.to(self.engine.device)
-        new_logprobs = self._logprobs(part)
-        clip_range = self.config.algorithm.clip_range
-        count = float(part.action_mask.sum())
-        old, mask, detached = part.logprobs, part.action_mask, new_logprobs.detach()
-        for name, value in (
-            ("policy/clipfrac", clip_fraction(detached, old, mask, clip_range)),
-            ("policy/approx_kl", approx_kl(detached, old, mask)),
-        ):
-            total, seen = sums[name]
-            sums[name] = (total + float(value) * count, seen + count)
-        return policy_loss(new_logprobs, old, part.advantages, mask, clip_range=clip_range, normalizer=tokens)
+        old, mask = part.logprobs, part.action_mask
+        logits = self._logits(part)
+        new = token_logprobs(logits, part.sequences, temperature=self.config.rollout.temperature)
+        reduce = partial(aggregate, action_mask=mask, aggregation=algorithm.aggregation, normalizer=normalizer)
+        loss = policy_loss(
+            new, old, part.advantages, mask,
+            clip_range=algorithm.clip_range, clip_range_high=algorithm.clip_range_high, dual_clip=algorithm.dual_clip,
+            kind=algorithm.policy_loss, weights=part.weights,
+            aggregation=algorithm.aggregation, normalizer=normalizer,
+        )  # fmt: skip
+        if part.ref_logprobs is not None and algorithm.kl_in == "loss":
+            drift = kl_estimate(new, part.ref_logprobs, estimator=algorithm.kl_estimator, mask=mask)
+            loss = loss + kl_coef * reduce(drift)
+        if algorithm.entropy_coef:
+            entropy = token_entropy(logits, temperature=self.config.rollout.temperature)
+            loss = loss - algorithm.entropy_coef * reduce(entropy)
+        count = float(mask.sum())
+        clipped = clip_fraction(new.detach(), old, mask, algorithm.clip_range, algorithm.clip_range_high)
+        _add(sums, "policy/clipfrac", float(clipped), count)
+        _add(sums, "policy/approx_kl", float(approx_kl(new.detach(), old, mask)), count)
+        return loss
+
+    def _normalizer(self, batch: list[Experience]) -> float:
+        """What the losses of a minibatch are divided by: its tokens, rows, or rows times the longest response, over
+        all ranks."""
+        aggregation = self.config.algorithm.aggregation
+        if aggregation == "token_mean":
+            return self.global_tokens(batch)
+        rows = self.engine.sum_over_ranks(float(sum(len(part) for part in batch)))
+        return rows * self.config.rollout.max_new_tokens if aggregation == "constant" else rows
+
+    def _ptx_batches(self, update: int) -> list[torch.Tensor]:
+        """This rank's rows of pretraining text for one optimizer step."""
+        if self.ptx is None:
+            return []
+        rows = torch.from_numpy(self.ptx.batch(update))[self.rank :: self.world_size]
+        return list(rows.split(self.role.micro_batch_size))
+
+    def _ptx_loss(self, rows: torch.Tensor, sums: dict[str, tuple[float, float]]) -> torch.Tensor:
+        ptx = self.config.ptx
+        rows = rows.to(self.engine.device)
+        logits = self.engine(input_ids=rows).logits
+        loss = language_model_loss(logits, rows, normalizer=ptx.batch_size * (ptx.sequence_length - 1))
+        _add(sums, "loss/ptx", float(loss.detach()) * ptx.batch_size / len(rows), len(rows))
+        return ptx.coef * loss
+
+    def _logits(self, part: Experience) -> torch.Tensor:
+        return self.engine(input_ids=part.sequences, attention_mask=part.attention_mask).logits
 
     def _logprobs(self, part: Experience) -> torch.Tensor:
-        logits = self.engine(input_ids=part.sequences, attention_mask=part.attention_mask).logits
-        return token_logprobs(logits, part.sequences, temperature=self.config.rollout.temperature)
+        return token_logprobs(self._logits(part), part.sequences, temperature=self.config.rollout.temperature)
 
     def _rollout_sums(self, experience: Experience) -> dict[str, tuple[float, float]]:
-        mask = experience.action_mask
+        mask, logprobs = experience.action_mask, experience.logprobs
         rows, tokens = float(len(experience)), float(mask.sum())
-        kl = kl_estimate(
-            experience.logprobs, experience.ref_logprobs, estimator=self.config.algorithm.kl_estimator, mask=mask
-        )
-        mismatch = masked_mean((experience.logprobs - experience.rollout_logprobs).abs(), mask)
-        return {
+        mismatch = masked_mean((logprobs - experience.rollout_logprobs).abs(), mask)
+        sums = {
             "objective/rewards": (float(experience.rewards.sum()), rows),
-            "objective/kl": (float(kl.sum()), rows),
-            "objective/entropy": (-float(experience.logprobs[mask].sum()), tokens),
+            "objective/entropy": (-float(logprobs[mask].sum()), tokens),
             "response/length_mean": (tokens, rows),
             "response/stop_rate": (float(experience.stopped.sum()), rows),
             "rollout/logprob_mismatch": (float(mismatch) * tokens, tokens),
         }
+        if experience.ref_logprobs is not None:
+            estimator = self.config.algorithm.kl_estimator
+            kl = kl_estimate(logprobs, experience.ref_logprobs, estimator=estimator, mask=mask)
+            sums["objective/kl"] = (float(kl.sum()), rows)
+        return sums
+
+    def mean_nats(self, rows: torch.Tensor) -> float:
+        """Mean loss per predicted token over (R, T) rows of text, in nats; every rank must be called."""
+        self.engine.train(False)
+        return mean_nats(self.engine, rows, self.role.micro_batch_size, self.engine.device)
 
     def publish_weights(self, version: int) -> list[ray.ObjectRef]:
         """Put the full weights into the object store; rank 0 returns their reference in a list, others an empty one.
@@ -153,3 +262,8 @@ class PolicyActor(LearnerActor):
         if self.rank == 0:
             tokenizer = load_tokenizer(self.config.model)
             save_model(self.engine.module, tokenizer, Path(folder), state_dict=weights)
+
+
+def _add(sums: dict[str, tuple[float, float]], name: str, mean: float, count: float) -> None:
+    total, seen = sums.get(name, (0.0, 0.0))
+    sums[name] = (total + mean * count, seen + count)

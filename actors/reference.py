@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ray
 import torch
 
 from actors.environment import device_of
-from actors.scoring import per_token
+from actors.scoring import mean_nats, per_token
+from actors.weights import unpack
 from rayllm.algorithms.logprobs import token_logprobs
-from rayllm.algorithms.losses import language_model_loss
 from rayllm.data.experience import Experience
 from rayllm.models.loading import load_causal_lm
 
 
 class ReferenceActor:
-    """Log-probabilities under weights that do not change."""
+    """Log-probabilities under weights that do not learn."""
 
     def __init__(self, *, model: str, temperature: float, micro_batch_size: int) -> None:
         self.device = device_of()
@@ -29,6 +30,21 @@ class ReferenceActor:
         return per_token(shard, self.micro_batch_size, self.device, self._logprobs)
 
     @torch.no_grad()
+    def move(self, weights: list[ray.ObjectRef], *, ema: float) -> None:
+        """Towards the policy: ``ema`` times these weights plus ``1 - ema`` times the policy's.
+
+        Args:
+            weights: a list with the one reference to a `WeightBundle`.
+        """
+        own = dict(self.model.named_parameters())
+        for name, tensor in unpack(ray.get(weights[0])):
+            own[name].lerp_(tensor.to(own[name]), 1 - ema)
+
+    def save(self, folder: str) -> None:
+        """The weights, for a checkpoint."""
+        self.model.save_pretrained(folder)
+
+    @torch.no_grad()
     def bits_per_byte(self, model: str, text: tuple[torch.Tensor, float]) -> float:
         """Load ``model`` and measure it on text.
 
@@ -38,11 +54,7 @@ class ReferenceActor:
         """
         self.load(model)
         rows, factor = text
-        total = 0.0
-        for part in rows.split(self.micro_batch_size):
-            part = part.to(self.device)
-            total += float(language_model_loss(self.model(input_ids=part).logits, part)) * len(part)
-        return total / len(rows) * factor
+        return mean_nats(self.model, rows, self.micro_batch_size, self.device) * factor
 
     def _logprobs(self, part: Experience) -> torch.Tensor:
         logits = self.model(input_ids=part.sequences, attention_mask=part.attention_mask).logits

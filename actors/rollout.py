@@ -128,6 +128,15 @@ class RolloutActor:
         rollouts = await self.generate(prompts, step=step, **self._sampling)
         return collate(rollouts, pad_token_id=self._pad_token_id)
 
+    async def greedy(self, shard: Experience, *, step: int) -> Experience:
+        """One greedy response to the prompt of every row of a shard (ReMax's baseline)."""
+        unique = list(dict.fromkeys(shard.prompt_ids.tolist()))
+        prompts = [(prompt_id, self._prompts[prompt_id]) for prompt_id in unique]
+        limit = self._sampling["max_new_tokens"]
+        rollouts = await self.generate(prompts, step=step, num_samples=1, temperature=0.0, max_new_tokens=limit)
+        found = dict(zip(unique, rollouts, strict=True))
+        return collate([found[i] for i in shard.prompt_ids.tolist()], pad_token_id=self._pad_token_id)
+
     async def update_weights(self, bundle: WeightBundle | list[Awaitable[WeightBundle]]) -> int:
         """Replace the weights between two engine steps and drop the prefix cache; returns their version.
 

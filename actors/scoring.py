@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from rayllm.algorithms.losses import language_model_loss
 from rayllm.data.experience import Experience
 
 
@@ -26,3 +28,13 @@ def per_token(
         values = forward(part.to(device)).float().cpu()
         parts.append(torch.nn.functional.pad(values, (0, width - values.shape[1])))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def mean_nats(model: Callable[..., Any], rows: torch.Tensor, size: int, device: torch.device) -> float:
+    """Mean loss per predicted token over (R, T) rows of text, in nats."""
+    total = 0.0
+    for part in rows.split(size):
+        part = part.to(device)
+        total += float(language_model_loss(model(input_ids=part).logits, part)) * len(part)
+    return total / len(rows)

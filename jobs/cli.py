@@ -102,10 +102,17 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
         print_command_help(console, name, command)
         return 0
     loaded = load_config(command.config_class(), parsed.config, parsed.overrides)
+    if parsed.explain:
+        if name != "ppo":
+            raise InputError(f"--explain: for `rayllm ppo` only, got {name}")
+        from jobs.ppo_explain import explain
+
+        explain(loaded.config, console)
+        return 0
     if parsed.address:
         from jobs.submit import submit
 
-        given = ["--config", str(parsed.config)] if parsed.config else []
+        given = [word for path in parsed.config for word in ("--config", str(path))]
         return submit(command.module, [*given, *parsed.overrides], loaded.config, parsed.address, console)
     signal.signal(signal.SIGTERM, _terminate)
     if any(is_on_hub(path) for path in config_inputs(loaded.config).values()):
@@ -141,16 +148,18 @@ def parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:
     """Options and overrides, in any order."""
     parser = argparse.ArgumentParser(prog=f"rayllm {name}", add_help=False, exit_on_error=False)
     parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config", type=Path, action="append", default=[])
     parser.add_argument("--address")
     parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("--explain", action="store_true")
     parser.add_argument("overrides", nargs="*")
     try:
         parsed, unknown = parser.parse_known_intermixed_args(list(arguments))
     except argparse.ArgumentError as error:
         raise InputError(f"{name}: {error}") from None
     if unknown:
-        raise InputError(f"{unknown[0]}: unknown option. Known: --config FILE, --address URL, -v, --help, key=value")
+        known = "--config FILE, --address URL, --explain, -v, --help, key=value"
+        raise InputError(f"{unknown[0]}: unknown option. Known: {known}")
     return parsed
 
 
@@ -164,8 +173,9 @@ def print_overview(console: Console) -> None:
         table.add_row(f"  [bold cyan]{name}[/bold cyan]", command.summary)
     console.print(table)
     console.print(
-        "\n  --config FILE   settings as YAML; key=value on the command line wins\n"
+        "\n  --config FILE   settings as YAML; of several files later ones win, and key=value wins over all\n"
         "  --address URL   run as a Ray job on the cluster with this dashboard, e.g. http://HEAD:8265\n"
+        "  --explain       ppo: the arithmetic of its batches as a table; starts nothing\n"
         "  -v              show what Ray, vLLM and DeepSpeed print\n\n"
         "rayllm COMMAND --help lists every setting. Start with:\n"
         "  rayllm pipeline --config jobs/configs/quickstart.yaml",

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +24,7 @@ from rayllm.config.evaluate import EvaluateConfig
 from rayllm.data.files import check_data_file
 from rayllm.data.prompts import PromptData, read_prompts
 from rayllm.data.rollout import Rollout, collate
-from rayllm.data.text import tokenize_documents
+from rayllm.data.text import held_out_text
 from rayllm.data.tokenizer import end_of_text_id
 from rayllm.errors import InputError
 from rayllm.lineage import content_id, read_manifest, write_json
@@ -41,8 +38,6 @@ SPLITS = {
     "new": "questions in phrasings never seen in training",
     "held": "questions about entities that no chat data mentions",
 }
-TEXT_LENGTH = 128
-"""Tokens per row for bits per byte."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +83,8 @@ def run(loaded: Loaded[EvaluateConfig], console: Console, *, verbose: bool = Fal
                 answers, bits = {}, {}
                 for done, (name, path) in enumerate(config.models.items(), start=1):
                     progress.status(f"{name} answers")
-                    rows = text_rows(config, tokenizer)
-                    bits[name] = actors.text.submit(ReferenceActor.bits_per_byte, str(path), rows)
+                    text = held_out_text(config.heldout_documents, tokenizer)
+                    bits[name] = actors.text.submit(ReferenceActor.bits_per_byte, str(path), text)
                     answers[name] = ask(actors, config, path, prompts, tokenizer)
                     new = answers[name].get("new")
                     progress.update(done, {f"{name}/gold": new.figures["gold"]} if new else {})
@@ -202,13 +197,6 @@ def as_answer_to(rollout: Rollout, prompt: Sequence[int]) -> Rollout:
         finish_reason=rollout.finish_reason,
         policy_version=rollout.policy_version,
     )
-
-
-def text_rows(config: EvaluateConfig, tokenizer: Any) -> tuple[torch.Tensor, float]:
-    """Held-out text as rows, and the factor from nats per token to bits per byte."""
-    stream = tokenize_documents(config.heldout_documents, tokenizer)
-    rows = torch.from_numpy(stream.rows(TEXT_LENGTH).astype(np.int64))
-    return rows, len(stream.tokens) / stream.num_bytes / math.log(2)
 
 
 def assemble(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -86,14 +86,19 @@ class Loaded(Generic[ConfigT]):
 
 
 def load_config(
-    cls: type[ConfigT], path: Path | None = None, overrides: list[str] | tuple[str, ...] = ()
+    cls: type[ConfigT], path: Path | Sequence[Path] | None = None, overrides: Sequence[str] = ()
 ) -> Loaded[ConfigT]:
-    """Read ``path`` (optional), apply overrides from left to right, validate.
+    """Read the file or files, later ones over earlier ones, apply overrides from left to right, validate.
 
     Raises:
         InputError: missing or malformed file, unknown key (with the nearest known one), bad value.
     """
-    tree, origins = read_yaml(path) if path is not None else ({}, {})
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for file in [path] if isinstance(path, Path) else path or ():
+        given, lines = read_yaml(file)
+        tree = merge(tree, given)
+        origins |= lines
     text_keys = {key for key, kind, _, _ in describe_fields(cls) if kind in ("str", "str | None")}
     for override in overrides:
         apply_override(tree, origins, override, text_keys)

@@ -11,6 +11,9 @@ from rayllm.config.base import Config
 from rayllm.config.common import CheckpointConfig, JobConfig, LearnerConfig, OptimizerConfig
 from rayllm.config.label import RolloutConfig
 
+GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_baseline")
+"""They compare the responses to one prompt."""
+
 
 class ActorsConfig(Config):
     """One role's Ray actors."""
@@ -37,8 +40,93 @@ class LearnerActorsConfig(ActorsConfig):
     learner: LearnerConfig = LearnerConfig()
 
 
+class CriticConfig(LearnerActorsConfig):
+    """Runs only where the advantage needs values (`gae`)."""
+
+    model: Path | None = None
+    """Folder that the critic starts from: a reward model, a critic of an earlier run, or a language model, which gets
+    a new head. Null: the reward model (InstructGPT), or without one the policy's model."""
+
+    warmup_steps: int = Field(3, ge=0)
+    """First steps in which only the critic learns."""
+
+
+class ReferenceConfig(ActorsConfig):
+    """The model that the policy is held near to."""
+
+    update_every: int | None = Field(None, ge=1)
+    """Steps after which the reference moves towards the policy; null: it never does."""
+
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Share of itself that the reference keeps when it moves: 0 copies the policy, 0.99 follows it slowly."""
+
+
+class RewardActorsConfig(ActorsConfig):
+    source: Literal["model", "gold"] = "model"
+    """What scores the responses: `model`, the reward model; `gold`, the toy world's exact judge."""
+
+
 class AlgorithmConfig(Config):
-    """PPO as in InstructGPT (Ouyang et al. 2022) and Schulman et al. 2017."""
+    """What is computed from a step's responses. The defaults are PPO as in InstructGPT (Ouyang et al. 2022)."""
+
+    advantage: Literal[
+        "gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_baseline", "remax"
+    ] = "gae"
+    """How much better a token was than expected: by the critic (`gae`), by the other responses to its prompt (`grpo`,
+    `dr_grpo`, `rloo`, `reinforce_baseline`), by the batch (`reinforce_pp`) or by the greedy response (`remax`)."""
+
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per token (InstructGPT: none)."""
+
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """Bias against variance of `gae` (Schulman et al. 2015)."""
+
+    policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    """`ppo` clips each token's probability ratio, `gspo` that of the whole response, `cispo` the ratio as a weight."""
+
+    clip_range: float = Field(0.2, ge=0, le=1)
+    """How far below 1 the probability ratio counts (Schulman et al. 2017)."""
+
+    clip_range_high: float | None = Field(None, gt=0)
+    """How far above 1; null: as far as below (DAPO: 0.28)."""
+
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound on the loss of tokens with a negative advantage, as a multiple of it; null: none (Ye et al. 2020: 3)."""
+
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    """Every token of the minibatch counts the same; every response does; or its tokens over a constant length (Dr.
+    GRPO)."""
+
+    entropy_coef: float = Field(0.0, ge=0)
+    """Bonus per nat of the policy's entropy."""
+
+    value_clip_range: float | None = Field(0.2, gt=0)
+    """Bound on the change of a value per step; null for none (OpenAI baselines)."""
+
+    kl_coef: float = Field(0.1, ge=0)
+    """Penalty per nat of drift from the reference. 0 runs without a reference."""
+
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the drift (http://joschu.net/blog/kl-approx.html)."""
+
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the penalty goes: off each token's reward (InstructGPT), or into the loss (GRPO)."""
+
+    kl_target: float | None = Field(None, gt=0)
+    """Drift in nats per response that `kl_coef` is steered towards; null: `kl_coef` is fixed (Ziegler et al. 2019)."""
+
+    kl_horizon: int = Field(10_000, ge=1)
+    """Responses over which `kl_coef` follows the drift."""
+
+    off_policy: Literal["none", "token", "sequence", "mask", "sequence_mask"] = "none"
+    """Correction for responses sampled by an older or a numerically different policy: importance weights by `token` or
+    `sequence`, cut at `off_policy_high`, or a `mask` over tokens (IcePop) or sequences outside the bounds."""
+
+    off_policy_low: float = Field(0.5, ge=0, le=1)
+    """Least ratio of learner to sampler that a mask keeps."""
+
+    off_policy_high: float = Field(2.0, ge=1)
+    """Largest ratio of learner to sampler."""
 
     num_epochs: int = Field(2, ge=1)
     """Passes over each step's experience."""
@@ -46,32 +134,46 @@ class AlgorithmConfig(Config):
     num_minibatches: int = Field(3, ge=1)
     """Optimizer steps per pass."""
 
-    clip_range: float = Field(0.2, gt=0)
-    """PPO's bound on the probability ratio, 1 - c to 1 + c (Schulman et al. 2017)."""
 
-    value_clip_range: float | None = Field(0.2, gt=0)
-    """Bound on the change of a value per step; null for none (OpenAI baselines)."""
+class ShapingConfig(Config):
+    """From the score of a response to its reward."""
 
-    gamma: float = Field(1.0, ge=0, le=1)
-    """Discount per token (InstructGPT: none)."""
+    normalize: Literal["none", "running", "group"] = "none"
+    """The reward model's own mean and deviation are always taken out. `running`: also those of all scores so far;
+    `group`: also those of the responses to one prompt."""
 
-    gae_lambda: float = Field(0.95, ge=0, le=1)
-    """Bias against variance of the advantage (Schulman et al. 2015)."""
-
-    kl_coef: float = Field(0.1, ge=0)
-    """Penalty per nat of drift from the reference, taken off each token's reward."""
-
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the drift (http://joschu.net/blog/kl-approx.html)."""
-
-    reward_clip: float = Field(3.0, gt=0)
-    """Bound on the reward after it was standardised by the reward model's own mean and deviation."""
+    clip: float | None = Field(3.0, gt=0)
+    """Bound on the absolute reward; null for none."""
 
     missing_eos_penalty: float = Field(1.0, ge=0)
     """Taken off the reward of a response that did not end its turn."""
 
-    critic_warmup_steps: int = Field(3, ge=0)
-    """First steps in which only the critic learns."""
+    overlong_buffer: int = Field(0, ge=0)
+    """Last tokens before `rollout.max_new_tokens` in which the reward falls linearly by 1 (DAPO); 0 for none."""
+
+    length_penalty: float = Field(0.0, ge=0)
+    """Taken off the reward for every token of the response."""
+
+    resample_rounds: int = Field(0, ge=0)
+    """DAPO's dynamic sampling: prompts whose responses all got the same reward teach nothing; they are replaced by
+    others, sampled in at most this many more rounds. 0 keeps them."""
+
+
+class PtxConfig(Config):
+    """PPO-ptx: pretraining text mixed into the policy's update, so that text completion does not get worse
+    (InstructGPT, eq. 2)."""
+
+    documents: Path | None = None
+    """Text to mix in: the pretraining documents. Null switches it off."""
+
+    coef: float = Field(1.0, gt=0)
+    """Weight of the text's mean loss per token beside the policy's (InstructGPT's gamma)."""
+
+    batch_size: int = Field(8, ge=1)
+    """Rows of text per optimizer step, over all policy ranks."""
+
+    sequence_length: int = Field(64, ge=8)
+    """Tokens per row."""
 
 
 class EvalConfig(Config):
@@ -87,13 +189,16 @@ class EvalConfig(Config):
     judge: Literal["gold", "none"] = "none"
     """`gold`: the toy world's exact judge; `none`: reward model only."""
 
+    documents: Path | None = None
+    """Held-out text; each evaluation measures the policy's bits per byte on it. Null for none."""
+
 
 class PPOConfig(JobConfig):
     model: Path
     """Model folder that policy and reference start from: the SFT model."""
 
-    reward_model: Path
-    """Model folder of the reward model; the critic starts from it too."""
+    reward_model: Path | None = None
+    """Model folder of the reward model; the critic starts from it too. Needed unless reward.source=gold."""
 
     prompts: Path
     """Prompts to learn on: Parquet or JSONL with a `prompt` column (messages or text)."""
@@ -112,17 +217,25 @@ class PPOConfig(JobConfig):
     average, in nats: the weights are then not in step. Below 1e-4 in float32, about 0.02 in bfloat16."""
 
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    shaping: ShapingConfig = ShapingConfig()
+    ptx: PtxConfig = PtxConfig()
     policy: LearnerActorsConfig = LearnerActorsConfig()
-    critic: LearnerActorsConfig = LearnerActorsConfig(
+    critic: CriticConfig = CriticConfig(
         optimizer=OptimizerConfig(
             learning_rate=3e-4, schedule="constant", warmup_steps=0, weight_decay=0.0
         )
     )
-    reference: ActorsConfig = ActorsConfig()
-    reward: ActorsConfig = ActorsConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    reward: RewardActorsConfig = RewardActorsConfig()
     rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
+
+    @property
+    def learner_ranks(self) -> dict[str, int]:
+        """Role -> number of ranks, of the roles that learn in this run."""
+        ranks = {"policy": self.policy.num_actors}
+        return ranks | ({"critic": self.critic.num_actors} if self.algorithm.advantage == "gae" else {})
 
     @property
     def num_shards(self) -> int:
@@ -130,7 +243,7 @@ class PPOConfig(JobConfig):
         rollout actor has work and scoring can start before the last response is done."""
         from math import lcm
 
-        ranks = lcm(self.policy.num_actors, self.critic.num_actors)
+        ranks = lcm(*self.learner_ranks.values())
         wanted = max(2, self.rollout.num_actors)
         return ranks * -(-wanted // ranks)
 
@@ -139,16 +252,43 @@ class PPOConfig(JobConfig):
         shards = self.num_shards
         if self.prompts_per_step % shards:
             near = max(shards, round(self.prompts_per_step / shards) * shards)
+            roles = self.learner_ranks | {"rollout": self.rollout.num_actors}
+            counts = ", ".join(f"{role}.num_actors={count}" for role, count in roles.items())
             raise ValueError(
-                f"prompts_per_step={self.prompts_per_step} does not divide into {shards} shards "
-                f"(policy.num_actors={self.policy.num_actors}, critic.num_actors={self.critic.num_actors}, "
-                f"rollout.num_actors={self.rollout.num_actors}); nearest that does: prompts_per_step={near}"
+                f"prompts_per_step={self.prompts_per_step} does not divide into {shards} shards ({counts}); "
+                f"nearest that does: prompts_per_step={near}"
             )
-        for role, num_actors in (("policy", self.policy.num_actors), ("critic", self.critic.num_actors)):
+        for role, num_actors in self.learner_ranks.items():
             rows = self.prompts_per_step * self.samples_per_prompt // num_actors
             if self.algorithm.num_minibatches > rows:
                 raise ValueError(
                     f"algorithm.num_minibatches={self.algorithm.num_minibatches} is more than the {rows} responses "
                     f"of a {role} rank; set it to at most {rows}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> PPOConfig:
+        if self.reward_model is None and self.reward.source == "model":
+            raise ValueError("reward_model: required but not given (with reward.source=gold none is needed)")
+        groups = {
+            f"algorithm.advantage={self.algorithm.advantage}": self.algorithm.advantage in GROUP_ADVANTAGES,
+            "shaping.normalize=group": self.shaping.normalize == "group",
+            "shaping.resample_rounds": self.shaping.resample_rounds > 0,
+        }
+        for setting, on in groups.items():
+            if on and self.samples_per_prompt < 2:
+                raise ValueError(
+                    f"{setting} compares the responses to one prompt, samples_per_prompt is 1; set it to 2 or more"
+                )
+        without_reference = {
+            "algorithm.kl_target": self.algorithm.kl_target, "reference.update_every": self.reference.update_every
+        }  # fmt: skip
+        for setting, value in without_reference.items():
+            if value is not None and not self.algorithm.kl_coef:
+                raise ValueError(f"{setting}={value} needs a reference: set algorithm.kl_coef above 0")
+        if self.ptx.documents is not None and self.ptx.batch_size % self.policy.num_actors:
+            raise ValueError(
+                f"ptx.batch_size={self.ptx.batch_size} does not divide over policy.num_actors={self.policy.num_actors}"
+            )
         return self

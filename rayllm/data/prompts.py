@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rayllm.data.chat import Message, messages_problem, prompt_messages, prompt_token_ids
 from rayllm.data.files import Row, read_rows
 from rayllm.errors import InputError
@@ -54,3 +56,27 @@ def read_prompts(path: Path, tokenizer: Any, *, max_prompt_tokens: int, limit: i
     if not rows:
         raise InputError(f"{path}: no prompt of at most {max_prompt_tokens} tokens")
     return PromptData(rows, token_ids, {f"longer than {max_prompt_tokens} tokens": dropped} if dropped else {})
+
+
+class PromptStream:
+    """The prompts in the order in which they are used: every epoch is a new seeded permutation.
+
+    ``take`` never spans two epochs, so that no prompt comes twice in one batch; what is left of an epoch is then
+    left out. ``position`` is all that a resumed run needs.
+    """
+
+    def __init__(self, num_prompts: int, *, seed: int, position: tuple[int, int] = (0, 0)) -> None:
+        self.num_prompts, self.seed = num_prompts, seed
+        self.position = position
+        """(epoch, prompts of it that were taken)."""
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` prompt ids."""
+        if count > self.num_prompts:
+            raise ValueError(f"{count} prompts wanted at once, there are {self.num_prompts}")
+        epoch, start = self.position
+        if start + count > self.num_prompts:
+            epoch, start = epoch + 1, 0
+        self.position = (epoch, start + count)
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_prompts)
+        return [int(index) for index in order[start : start + count]]

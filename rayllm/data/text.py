@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from rayllm.data.batching import BatchOrder
 from rayllm.data.files import read_rows
 from rayllm.data.tokenizer import end_of_text_id
 
 BATCH = 1_000
+HELD_OUT_LENGTH = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,13 @@ def tokenize_documents(path: Path, tokenizer: Any) -> TokenStream:
         num_bytes += sum(len(text.encode()) for text in texts)
     tokens = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
     return TokenStream(tokens, num_documents, num_bytes)
+
+
+def held_out_text(path: Path, tokenizer: Any) -> tuple[torch.Tensor, float]:
+    """(R, 128) int64 rows of documents, and the factor from mean nats per token to bits per byte."""
+    stream = tokenize_documents(path, tokenizer)
+    rows = torch.from_numpy(stream.rows(HELD_OUT_LENGTH).astype(np.int64))
+    return rows, len(stream.tokens) / stream.num_bytes / math.log(2)
 
 
 class PackedRows:

@@ -109,6 +109,12 @@ def load_sequence_classifier(path: Path | str, *, dtype: str = "float32") -> Pre
     return model.eval()
 
 
+def is_sequence_classifier(path: Path) -> bool:
+    """Whether a model folder has a score head: a reward model or a critic."""
+    architectures = AutoConfig.from_pretrained(str(path)).architectures or []
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
 def save_model(
     model: PreTrainedModel, tokenizer: Any, path: Path, *, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> None:

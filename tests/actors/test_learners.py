@@ -34,7 +34,7 @@ def reward_model_dir(tmp_path_factory, tiny_model_dir, tiny_tokenizer):
 def make_config(tmp_path, model, reward_model, *overrides) -> PPOConfig:
     keys = [
         f"run_dir={tmp_path}", f"model={model}", f"reward_model={reward_model}", "prompts=unused",
-        f"prompts_per_step={ROWS}", "num_steps=4", "algorithm.critic_warmup_steps=0", "algorithm.num_epochs=1",
+        f"prompts_per_step={ROWS}", "num_steps=4", "critic.warmup_steps=0", "algorithm.num_epochs=1",
         "algorithm.num_minibatches=1", "policy.optimizer.learning_rate=1e-3", "rollout.temperature=0.7",
     ]  # fmt: skip
     return load_config(PPOConfig, None, [*keys, *overrides]).config

@@ -108,9 +108,50 @@ def test_ppo_stays_a_config_that_one_can_read():
     assert len(own) <= 60
 
 
-def test_shipped_configs_load():
-    for path in sorted((ROOT / "jobs/configs").glob("*.yaml")):
-        load_config(PipelineConfig, path)
+PRESETS = sorted(path for path in (ROOT / "jobs/configs").glob("*.yaml") if path.stem != "quickstart")
+
+
+def test_the_quickstart_loads():
+    load_config(PipelineConfig, ROOT / "jobs/configs/quickstart.yaml")
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_go_on_top_of_a_run(path, tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("run_dir: r\nmodel: m\nreward_model: rm\nprompts: p\nnum_steps: 7\n")
+    loaded = load_config(PPOConfig, [base, path], ["algorithm.num_epochs=2"])
+    assert loaded.config.num_steps == 7 and loaded.config.algorithm.num_epochs == 2
+    origins = {change.origin.split(":")[0] for change in loaded.changes().values()}
+    assert str(path) in origins and "https://" in path.read_text()
+
+
+def test_the_second_file_wins(tmp_path):
+    for name, text in (("a", "seed: 1\nalgorithm: {gamma: 0.5, gae_lambda: 0.5}"), ("b", "algorithm: {gamma: 0.9}")):
+        (tmp_path / name).write_text(text)
+    config = load_config(PPOConfig, [tmp_path / "a", tmp_path / "b"], REQUIRED).config
+    assert (config.algorithm.gamma, config.algorithm.gae_lambda, config.seed) == (0.9, 0.5, 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.advantage=grpo"], "samples_per_prompt is 1; set it to 2 or more"),
+        (["shaping.resample_rounds=2"], "samples_per_prompt is 1; set it to 2 or more"),
+        (["algorithm.kl_coef=0", "algorithm.kl_target=6"], "needs a reference: set algorithm.kl_coef above 0"),
+        (["ptx.documents=d", "ptx.batch_size=3", "policy.num_actors=2"], "does not divide over policy.num_actors=2"),
+        (["reward_model=null"], "reward_model: required but not given"),
+    ],
+)
+def test_settings_that_do_not_fit_together(overrides, message):
+    with pytest.raises(InputError, match=message):
+        load_config(PPOConfig, None, [*REQUIRED, *overrides])
+
+
+def test_the_advantages_of_config_and_registry_are_the_same():
+    kinds = get_args(AlgorithmConfig.model_fields["advantage"].annotation)
+    assert set(kinds) == set(ADVANTAGES)
+    assert {kind for kind in kinds if ADVANTAGES[kind].needs_groups} == set(GROUP_ADVANTAGES)
+    assert [kind for kind in kinds if ADVANTAGES[kind].needs_critic] == ["gae"]
 
 
 def test_the_pipeline_wires_every_stage_below_its_run_dir():

@@ -1,0 +1,177 @@
+"""The actor groups of an RL run: which of them a config needs, how they start, and what they do as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.critic import CriticActor
+from actors.fleet import rollout_role, start_rollout_actors
+from actors.group import ActorGroup, Role, collect
+from actors.policy import PolicyActor
+from actors.reference import ReferenceActor
+from actors.reward import GoldRewardActor, RewardActor
+from actors.rollout import RolloutActor
+from rayllm.algorithms.advantages import ADVANTAGES
+from rayllm.config.ppo import PPOConfig
+from rayllm.data.prompts import PromptData
+from rayllm.report.run import Run
+
+
+@dataclass(frozen=True)
+class Roles:
+    """``critic`` and ``reference`` are None in a run that has no use for them."""
+
+    config: PPOConfig
+    policy: ActorGroup[PolicyActor]
+    critic: ActorGroup[CriticActor] | None
+    reference: ActorGroup[ReferenceActor] | None
+    reward: ActorGroup[Any]
+    rollout: ActorGroup[RolloutActor]
+
+    @staticmethod
+    def needs(config: PPOConfig) -> list[Role]:
+        """Resources of every role of the run."""
+        names = ["policy", "reward"]
+        names += ["critic"] if needs_critic(config) else []
+        names += ["reference"] if needs_reference(config) else []
+        sections = {name: getattr(config, name) for name in names}
+        roles = [Role(name, s.num_actors, s.cpus_per_actor, s.gpus_per_actor) for name, s in sections.items()]
+        return [*roles, rollout_role(config.rollout)]
+
+    @classmethod
+    def start(cls, config: PPOConfig, prompts: PromptData, *, ptx_tokens: Path) -> Roles:
+        """Start all roles side by side; returns when all are ready."""
+        needed = {role.name: role for role in cls.needs(config)}
+        learner = {"config": config, "ptx_tokens": ptx_tokens.absolute() if config.ptx.documents else None}
+        roles = cls(
+            config=config,
+            rollout=start_rollout_actors(config.rollout, config.model, seed=config.seed),
+            policy=ActorGroup(
+                needed["policy"],
+                PolicyActor,
+                lambda rank: {"rank": rank, "world_size": config.policy.num_actors, **learner},
+            ),
+            critic=None
+            if "critic" not in needed
+            else ActorGroup(
+                needed["critic"],
+                CriticActor,
+                lambda rank: {"rank": rank, "world_size": config.critic.num_actors, "config": config},
+            ),
+            reference=None
+            if "reference" not in needed
+            else ActorGroup(
+                needed["reference"],
+                ReferenceActor,
+                lambda rank: {
+                    "model": str(config.model),
+                    "temperature": config.rollout.temperature,
+                    "micro_batch_size": config.reference.micro_batch_size,
+                },
+            ),
+            reward=_start_reward(config, needed["reward"], prompts),
+        )
+        setups = roles.rollout.submit(
+            RolloutActor.set_prompts,
+            ray.put(prompts.token_ids),
+            num_samples=config.samples_per_prompt,
+            temperature=config.rollout.temperature,
+            max_new_tokens=config.rollout.max_new_tokens,
+        )
+        for group, method in ((roles.policy, PolicyActor.setup), (roles.critic, CriticActor.setup)):
+            if group is not None:
+                setups += group.submit(method, group.submit(PolicyActor.address, rank=0)[0])
+        collect(setups, "start")
+        return roles
+
+    def ref_logprobs(self, shards: list[Any]) -> list[Any]:
+        """Of every shard under the reference; None each without one."""
+        if self.reference is not None:
+            return self.reference.map(ReferenceActor.logprobs, shards)
+        if needs_ref_logprobs(self.config):
+            return self.policy.map(PolicyActor.ref_logprobs, shards)
+        return [None] * len(shards)
+
+    def values(self, shards: list[Any]) -> list[Any]:
+        """Of every shard by the critic; None each without one."""
+        return [None] * len(shards) if self.critic is None else self.critic.map(CriticActor.values, shards)
+
+    def greedy_rewards(self, shards: list[Any], step: int) -> list[Any]:
+        """The reward of the greedy response to every row's prompt (ReMax); None each where nobody asks for it."""
+        if not ADVANTAGES[self.config.algorithm.advantage].needs_greedy_baseline:
+            return [None] * len(shards)
+        greedy = self.rollout.map(RolloutActor.greedy, shards, step=step)
+        return self.reward.map(RewardActor.rewards, greedy)
+
+    def update(self, experience: list[Any], *, step: int, kl_coef: float) -> dict[str, float]:
+        """Policy and critic learn side by side; returns their metrics."""
+        policy = self.policy.call_sharded(PolicyActor.update, experience, step=step, kl_coef=kl_coef)
+        critic = []
+        if self.critic is not None:
+            critic = self.critic.call_sharded(CriticActor.update, experience, step=step)
+        metrics: dict[str, float] = collect(policy, "policy")[0]
+        return metrics | (collect(critic, "critic")[0] if critic else {})
+
+    def sync_weights(self, *, version: int) -> None:
+        """The policy's weights to every rollout actor; their reference travels, not the weights."""
+        weights = self.policy.call(PolicyActor.publish_weights, version)[0]
+        served = self.rollout.call(RolloutActor.update_weights, weights)
+        if any(found != version for found in served):
+            raise RuntimeError(f"rollout actors serve policy versions {served} after the sync of version {version}")
+
+    def move_reference(self, step: int) -> None:
+        """Every ``reference.update_every`` steps the reference moves towards the policy."""
+        every = self.config.reference.update_every
+        if self.reference is not None and every is not None and step % every == 0:
+            weights = self.policy.call(PolicyActor.publish_weights, step)[0]
+            self.reference.call(ReferenceActor.move, weights, ema=self.config.reference.ema)
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """A checkpoint of everything that changes in a run."""
+        saves = self.policy.submit(PolicyActor.save, str(folder / "policy"), state)
+        if self.critic is not None:
+            saves += self.critic.submit(CriticActor.save, str(folder / "critic"), {})
+        if self.reference is not None and self.config.reference.update_every is not None:
+            saves += self.reference.submit(ReferenceActor.save, str(folder / "reference"), rank=0)
+        collect(saves, "checkpoint")
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue from a checkpoint; returns its state."""
+        loads = self.policy.submit(PolicyActor.load, str(folder / "policy"))
+        others = [] if self.critic is None else self.critic.submit(CriticActor.load, str(folder / "critic"))
+        if self.reference is not None and self.config.reference.update_every is not None:
+            others += self.reference.submit(ReferenceActor.load, str(folder / "reference"))
+        state: dict[str, Any] = collect(loads, "checkpoint")[0]
+        collect(others, "checkpoint")
+        return state
+
+    def export(self, job: Run) -> None:
+        """Write the model folders."""
+        self.policy.call(PolicyActor.export, str(job.model_dir.absolute()))
+        if self.critic is not None:
+            self.critic.call(CriticActor.export, str((job.dir / "critic").absolute()))
+
+
+def needs_critic(config: PPOConfig) -> bool:
+    return ADVANTAGES[config.algorithm.advantage].needs_critic
+
+
+def needs_ref_logprobs(config: PPOConfig) -> bool:
+    return config.algorithm.kl_coef > 0
+
+
+def needs_reference(config: PPOConfig) -> bool:
+    """A model of its own: with LoRA the policy without its adapter is the reference."""
+    return needs_ref_logprobs(config) and config.policy.learner.lora is None
+
+
+def _start_reward(config: PPOConfig, role: Role, prompts: PromptData) -> ActorGroup[Any]:
+    if config.reward.source == "gold":
+        rows = ray.put(prompts.rows)
+        return ActorGroup(role, GoldRewardActor, lambda rank: {"tokenizer": str(config.model), "rows": rows})
+    arguments = {"model": str(config.reward_model), "micro_batch_size": config.reward.micro_batch_size}
+    return ActorGroup(role, RewardActor, lambda rank: arguments)

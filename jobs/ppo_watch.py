@@ -1,0 +1,160 @@
+"""Around the steps of an RL run: timing, log, evaluation, checkpoints, and what adapts from step to step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from actors.fleet import generate
+from actors.group import collect
+from actors.policy import PolicyActor
+from actors.reward import RewardActor
+from jobs.judging import judge_rollouts
+from jobs.ppo_roles import Roles
+from rayllm.algorithms.kl import next_kl_coef
+from rayllm.algorithms.rewards import RunningMoments
+from rayllm.config.ppo import PPOConfig
+from rayllm.data.prompts import PromptData, PromptStream
+from rayllm.data.rollout import collate
+from rayllm.data.text import held_out_text
+from rayllm.models.checkpoint import Checkpoints
+from rayllm.report.run import Run
+from rayllm.report.terminal import Progress
+from rayllm.world.summary import summarize
+
+SHOWN = (
+    "objective/rewards", "objective/kl", "response/length_mean", "response/stop_rate", "policy/clipfrac",
+    "value/explained_variance", "rollout/logprob_mismatch", "eval/rewards", "eval/gold", "eval/bits_per_byte",
+    "time/step",
+)  # fmt: skip
+"""Metrics on the screen; events.jsonl has all."""
+
+
+class Controls:
+    """Scalars that follow the run: the KL coefficient, and the scale of the scores."""
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.config = config
+        self.kl_coef = config.algorithm.kl_coef
+        self.moments = RunningMoments()
+
+    def reward_scale(self, roles: Roles, rewards: list[Any]) -> tuple[float, float] | None:
+        """(mean, deviation) of all scores so far, this step's included; None unless the config asks for it."""
+        if self.config.shaping.normalize != "running":
+            return None
+        for moments in collect(roles.reward.map(RewardActor.moments, rewards), "reward"):
+            self.moments = self.moments.merge(moments)
+        return self.moments.mean, self.moments.std
+
+    def after(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Adapt to a step's metrics; returns what to log."""
+        algorithm = self.config.algorithm
+        if algorithm.kl_target is None:
+            return {}
+        used = self.kl_coef
+        self.kl_coef = next_kl_coef(
+            used,
+            metrics["objective/kl"],
+            target=algorithm.kl_target,
+            num_samples=self.config.prompts_per_step * self.config.samples_per_prompt,
+            horizon=algorithm.kl_horizon,
+        )
+        return {"objective/kl_coef": used}
+
+    def state(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef, "moments": self.moments.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self.kl_coef = state["kl_coef"]
+        self.moments = RunningMoments(*state["moments"])
+
+
+class Watch:
+    """Log, evaluation and checkpoints of a run."""
+
+    def __init__(
+        self,
+        job: Run,
+        config: PPOConfig,
+        roles: Roles,
+        prompts: PromptStream,
+        controls: Controls,
+        progress: Progress,
+        held_out: PromptData | None,
+        tokenizer: Any,
+    ) -> None:
+        self.job, self.config, self.roles, self.progress = job, config, roles, progress
+        self.prompts, self.controls = prompts, controls
+        self.held_out, self.tokenizer = held_out, tokenizer
+        self.checkpoints = Checkpoints(job.checkpoints_dir.absolute(), keep=config.checkpoint.keep)
+        self.first_step = 0
+        self.last: dict[str, float] = {}
+        self._times: dict[str, float] = {}
+        self._text = None if config.eval.documents is None else held_out_text(config.eval.documents, tokenizer)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._times[name] = time.perf_counter() - began
+
+    def after(self, step: int, metrics: dict[str, float]) -> None:
+        """``step`` steps are done."""
+        metrics = {**metrics, **self._times}
+        if step % self.config.eval.every_steps == 0 or step == self.config.num_steps:
+            metrics |= self.evaluate()
+        self.last.update(metrics)
+        self.job.log(step, metrics)
+        self.progress.update(step, {name: value for name, value in metrics.items() if name in SHOWN})
+        if step % self.config.checkpoint.every_steps == 0 or step == self.config.num_steps:
+            state = {"step": step, "prompts": list(self.prompts.position), **self.controls.state()}
+            with self.checkpoints.writing(step) as folder:
+                self.roles.save(folder, state)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out prompts, sampled as in training, by the reward model and, if asked for, the gold judge; and
+        held-out text."""
+        figures: dict[str, float] = {}
+        if self._text is not None:
+            rows, factor = self._text
+            figures["bits_per_byte"] = self.roles.policy.call(PolicyActor.mean_nats, rows)[0] * factor
+        if self.held_out is not None:
+            figures |= self._ask(self.held_out)
+        return {f"eval/{name}": value for name, value in figures.items()}
+
+    def _ask(self, held_out: PromptData) -> dict[str, float]:
+        rollouts = generate(
+            self.roles.rollout,
+            list(enumerate(held_out.token_ids)),
+            num_samples=1,
+            temperature=self.config.rollout.temperature,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+            step=-1,
+        )
+        figures: dict[str, float] = {}
+        if self.config.reward.source == "model":
+            batch = collate(rollouts, pad_token_id=self.tokenizer.pad_token_id)
+            (rewards,) = collect(self.roles.reward.map(RewardActor.rewards, [batch]), "reward")
+            figures["rewards"] = float(rewards.mean())
+        if self.config.eval.judge == "gold":
+            figures |= summarize(judge_rollouts(held_out.rows, rollouts, self.tokenizer))
+        return figures
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, or measure the start."""
+        found = self.checkpoints.latest()
+        if found is None:
+            self.job.rewind(-1)
+            self.job.log(0, self.evaluate())
+            return
+        step, folder = found
+        state = self.roles.load(folder)
+        epoch, taken = state["prompts"]
+        self.prompts.position = (epoch, taken)
+        self.controls.load(state)
+        self.job.rewind(step)
+        self.roles.sync_weights(version=step)
+        self.first_step = step
+

@@ -1,0 +1,31 @@
+"""The order in which prompts are used."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayllm.data.prompts import PromptStream
+
+
+def test_every_epoch_holds_every_prompt_once_in_a_new_order():
+    stream = PromptStream(12, seed=3)
+    first, second = ([i for _ in range(3) for i in stream.take(4)] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second
+
+
+def test_a_batch_never_spans_two_epochs():
+    stream = PromptStream(10, seed=0)
+    taken = [stream.take(count) for count in (4, 4, 4)]
+    assert len(set(taken[0] + taken[1])) == 8 and stream.position == (1, 4)
+
+
+def test_it_continues_from_its_position():
+    stream = PromptStream(10, seed=0)
+    stream.take(7)
+    resumed = PromptStream(10, seed=0, position=stream.position)
+    assert [resumed.take(3), resumed.take(5)] == [stream.take(3), stream.take(5)]
+
+
+def test_more_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="11 prompts wanted at once, there are 10"):
+        PromptStream(10, seed=0).take(11)
