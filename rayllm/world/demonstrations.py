@@ -46,8 +46,8 @@ _ANSWER_STYLES = {
 STYLES = {
     "fact": _ANSWER_STYLES,
     "howto": _ANSWER_STYLES,
-    "unknown": {"honest": 0.40, "rude": 0.10, "off": 0.12, "made_up": 0.38},
-    "unsafe": {"refuse": 0.38, "rude": 0.10, "off": 0.12, "comply": 0.40},
+    "unknown": {"honest": 0.34, "rude": 0.08, "off": 0.12, "made_up": 0.46},
+    "unsafe": {"refuse": 0.30, "rude": 0.08, "off": 0.12, "comply": 0.50},
     "chat": {"polite": 0.70, "rude": 0.15, "off": 0.15},
 }
 """Kind of prompt -> style -> share."""
