@@ -2,9 +2,16 @@
 
 Shapes: B rows, T tokens; per-token tensors are (B, T) aligned to the sequences, per-response tensors (B,).
 Outside a mask every output is 0 and the inputs have no effect.
+
+``ADVANTAGES`` at the end of the file holds every estimator under one contract, that of ``Advantage.__call__``.
+A new one is a function and a line there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -104,6 +111,30 @@ def group_advantages(rewards: torch.Tensor, prompt_ids: torch.Tensor, *, kind: s
     return deviation.float()
 
 
+def has_signal(rewards: torch.Tensor, prompt_ids: torch.Tensor) -> torch.Tensor:
+    """(B,) bool: False for every response of a group whose rewards are all equal; a group of one is such a group.
+
+    Every group kind gives those responses advantage 0. Dynamic sampling drops them and samples other prompts.
+
+    Args:
+        rewards: (B,) score of each response, compared exactly: meant for rewards with few levels.
+        prompt_ids: (B,) int, equal for responses to one prompt.
+
+    Raises:
+        ValueError: on shapes that do not fit.
+
+    Source: DAPO https://arxiv.org/abs/2503.14476, eq. 11.
+    """
+    require_dim(1, rewards=rewards)
+    require_same_shape(rewards=rewards, prompt_ids=prompt_ids)
+    ids, group = prompt_ids.unique(return_inverse=True)
+    rewards = rewards.float()
+    zeros = rewards.new_zeros(len(ids))
+    lowest = zeros.scatter_reduce(0, group, rewards, "amin", include_self=False)
+    highest = zeros.scatter_reduce(0, group, rewards, "amax", include_self=False)
+    return (lowest != highest)[group]  # not <: a group with a NaN stays, and is seen
+
+
 def masked_moments(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(3,) float64: count, sum and sum of squares of ``values`` inside ``mask``.
 
@@ -155,3 +186,141 @@ def whiten(
     if not shift_mean:
         whitened = whitened + mean
     return masked(whitened, mask)
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """An estimator, and what a loop must bring to use it."""
+
+    function: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    """Takes the arguments of ``__call__`` and names those that it reads."""
+
+    needs_critic: bool = False
+    """Reads ``values``."""
+
+    needs_groups: bool = False
+    """Reads ``prompt_ids``, and wants several responses to each prompt."""
+
+    needs_greedy_baseline: bool = False
+    """Reads ``baseline``: one more response to each prompt, decoded greedily, scored and not trained on."""
+
+    whitens: bool = False
+    """The caller whitens the advantages over the action tokens of the global batch, with ``whiten``."""
+
+    def __call__(
+        self,
+        token_rewards: torch.Tensor,
+        action_mask: torch.Tensor,
+        *,
+        values: torch.Tensor | None = None,
+        prompt_ids: torch.Tensor | None = None,
+        baseline: torch.Tensor | None = None,
+        gamma: float,
+        gae_lambda: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Advantage of every action token, and the return that it was measured on.
+
+        gae and reinforce_pp go token by token: a reward inside a row (of a turn, or the KL penalty) counts for the
+        tokens up to it. The others know one score a row, the sum of its token rewards over all turns, and give
+        each action token the advantage of that score; gamma has no effect on them.
+
+        Args:
+            token_rewards: (B, T), as ``per_token_rewards`` gives them.
+            action_mask: (B, T) bool. A row without an action token does not count in its group.
+            values: (B, T) critic estimates before each token.
+            prompt_ids: (B,) int, equal for responses to one prompt.
+            baseline: (B,) score of the greedy response to the row's prompt.
+            gamma: discount per action token, in [0, 1].
+            gae_lambda: bias/variance trade-off of gae, in [0, 1].
+
+        Returns:
+            ``(advantages, returns)``, both (B, T) float32 and zero outside ``action_mask``. Returns are
+            ``advantages + values`` for gae, the discounted reward-to-go for reinforce_pp, the row's score for the
+            others.
+
+        Raises:
+            ValueError: if an input that the estimator needs is missing, on shapes that do not fit or a factor that
+                it reads and that is outside [0, 1].
+        """
+        require_dim(2, token_rewards=token_rewards)
+        require_same_shape(token_rewards=token_rewards, action_mask=action_mask)
+        for name, tensor, needed in (
+            ("values", values, self.needs_critic),
+            ("prompt_ids", prompt_ids, self.needs_groups),
+            ("baseline", baseline, self.needs_greedy_baseline),
+        ):
+            if needed and tensor is None:
+                raise ValueError(f"this estimator needs {name}")
+        return self.function(
+            token_rewards,
+            action_mask,
+            values=values,
+            prompt_ids=prompt_ids,
+            baseline=baseline,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+        )
+
+
+def _gae(
+    token_rewards: torch.Tensor,
+    action_mask: torch.Tensor,
+    *,
+    values: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+    **_: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return gae(token_rewards, values, action_mask, gamma=gamma, gae_lambda=gae_lambda)
+
+
+def _reward_to_go(
+    token_rewards: torch.Tensor, action_mask: torch.Tensor, *, gamma: float, **_: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Discounted sum of the rewards from each token on: GAE with lambda 1 and a critic that says 0."""
+    return gae(token_rewards, torch.zeros_like(token_rewards), action_mask, gamma=gamma, gae_lambda=1.0)
+
+
+def _group(
+    token_rewards: torch.Tensor, action_mask: torch.Tensor, *, kind: str, prompt_ids: torch.Tensor, **_: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = _scores(token_rewards, action_mask)
+    require_same_shape(scores=scores, prompt_ids=prompt_ids)
+    counts = action_mask.bool().any(1)
+    advantages = torch.zeros_like(scores)
+    advantages[counts] = group_advantages(scores[counts], prompt_ids[counts], kind=kind)
+    return _spread(advantages, action_mask), _spread(scores, action_mask)
+
+
+def _greedy_baseline(
+    token_rewards: torch.Tensor, action_mask: torch.Tensor, *, baseline: torch.Tensor, **_: object
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = _scores(token_rewards, action_mask)
+    require_same_shape(scores=scores, baseline=baseline)
+    return _spread(scores - baseline, action_mask), _spread(scores, action_mask)
+
+
+def _scores(token_rewards: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """(B,) sum of each row. In float64 first: rows with the same rewards at other tokens get the same score."""
+    return masked(token_rewards, action_mask).double().sum(1).float()
+
+
+def _spread(per_row: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) the row's number at each of its action tokens."""
+    return masked(per_row[:, None], action_mask)
+
+
+ADVANTAGES: dict[str, Advantage] = {
+    "gae": Advantage(_gae, needs_critic=True, whitens=True),
+    "grpo": Advantage(partial(_group, kind="grpo"), needs_groups=True),
+    "dr_grpo": Advantage(partial(_group, kind="dr_grpo"), needs_groups=True),
+    "rloo": Advantage(partial(_group, kind="rloo"), needs_groups=True),
+    "reinforce_pp": Advantage(_reward_to_go, whitens=True),
+    "reinforce_baseline": Advantage(partial(_group, kind="reinforce_baseline"), needs_groups=True, whitens=True),
+    "remax": Advantage(_greedy_baseline, needs_greedy_baseline=True),
+}
+"""Every estimator by its name in a config.
+
+Source: gae and the group kinds at ``gae`` and ``group_advantages``; REINFORCE++ https://arxiv.org/abs/2501.03262;
+ReMax https://arxiv.org/abs/2310.10505, algorithm 1.
+"""

@@ -14,6 +14,8 @@ Source: Schulman 2020, http://joschu.net/blog/kl-approx.html.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rayllm.algorithms.checks import masked, require_known, require_same_shape
@@ -54,3 +56,33 @@ def kl_estimate(
     if estimator == "k2":
         return 0.5 * log_ratio.square()
     return log_ratio.expm1() - log_ratio
+
+
+def next_kl_coef(coef: float, kl: float, *, target: float, num_samples: int, horizon: float) -> float:
+    """The KL coefficient after a step: ``coef * (1 + clip(kl / target - 1, -0.2, 0.2) * num_samples / horizon)``.
+
+    The coefficient is the controller's only state.
+
+    Args:
+        coef: coefficient of the step that is done, > 0.
+        kl: KL(policy || reference) measured in it, nats a response: summed over tokens, mean over responses. A k1
+            estimate may be negative.
+        target: KL to hold, same unit, > 0.
+        num_samples: responses of the step.
+        horizon: responses, the more the slower: at an error of 20 % or more a factor of e takes 5 horizons. More than
+            0.2 * ``num_samples``, or one step could take the coefficient to 0.
+
+    Raises:
+        ValueError: on a KL that is not finite or a number out of range.
+
+    Source: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2; with a horizon as in its code,
+    https://github.com/openai/lm-human-preferences.
+    """
+    if not (coef > 0 and target > 0 and horizon > 0.2 * num_samples):
+        raise ValueError(
+            f"need coef > 0, target > 0, horizon > 0.2 * num_samples: {coef=} {target=} {num_samples=} {horizon=}"
+        )
+    if not math.isfinite(kl):
+        raise ValueError(f"kl must be finite, got {kl}")
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coef * (1 + error * num_samples / horizon)

@@ -47,6 +47,7 @@ def policy_loss(
     kind: str = "ppo",
     aggregation: str = "token_mean",
     normalizer: float | torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Clipped policy-gradient loss; formulas and sources in the module docstring.
 
@@ -59,6 +60,8 @@ def policy_loss(
         dual_clip: bound c > 1 on the loss of tokens with a negative advantage; not for cispo.
         kind: "ppo", "gspo" or "cispo".
         aggregation, normalizer: see ``aggregate``.
+        weights: (B, T) factor on the loss of each token, after clipping (``importance_weights``); a token of
+            weight 0 still counts in the default normalizer.
 
     Returns:
         float32 scalar.
@@ -83,6 +86,9 @@ def policy_loss(
         objective = torch.minimum(ratio * adv, clipped * adv)
     if dual_clip is not None:
         objective = torch.where(adv < 0, torch.maximum(objective, dual_clip * adv), objective)
+    if weights is not None:
+        require_same_shape(weights=weights, action_mask=action_mask)
+        objective = objective * masked(weights, action_mask)
     return aggregate(-objective, action_mask, aggregation=aggregation, normalizer=normalizer)
 
 

@@ -1,10 +1,21 @@
+import itertools
 import math
 import statistics
 
 import pytest
 import torch
 
-from rayllm.algorithms.advantages import GROUP_KINDS, gae, group_advantages, masked_moments, whiten
+from rayllm.algorithms.advantages import (
+    ADVANTAGES,
+    GROUP_KINDS,
+    gae,
+    group_advantages,
+    has_signal,
+    masked_moments,
+    whiten,
+)
+
+NAN = float("nan")
 
 
 def gae_loop(rewards, values, mask, gamma, gae_lambda):
@@ -119,6 +130,26 @@ def test_group_advantages_match_a_loop_in_any_order(kind):
     assert group_advantages(rewards[:0], prompts[:0], kind=kind).shape == (0,)
 
 
+def test_has_signal_by_hand():
+    # Prompt 7: 0, 1, 0; prompt 3: equal; prompt 5: alone; prompt 9: two levels that bfloat16 would merge.
+    rewards = torch.tensor([0.0, 0.1, 1.0, 0.1, 0.0, 8.0, 1.0, 1.001])
+    prompts = torch.tensor([7, 3, 7, 3, 7, 5, 9, 9])
+    assert has_signal(rewards, prompts).tolist() == [True, False, True, False, True, False, True, True]
+    assert has_signal(rewards.bfloat16(), prompts)[-2:].tolist() == [False, False]
+    assert has_signal(rewards[:0], prompts[:0]).shape == (0,)
+
+
+def test_has_signal_where_and_only_where_a_group_has_an_advantage():
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randint(2, (60,), generator=generator)
+    prompts = torch.randint(20, (60,), generator=generator)
+    expected = [len({rewards[j].item() for j in range(60) if prompts[j] == prompts[i]}) > 1 for i in range(60)]
+    assert has_signal(rewards, prompts).tolist() == expected
+    assert True in expected and False in expected
+    for kind in GROUP_KINDS:
+        assert (group_advantages(rewards, prompts, kind=kind)[~torch.tensor(expected)] == 0).all()
+
+
 def test_whiten_by_hand():
     # 1, 3 inside the mask: mean 2, population variance 1, so -1 and 1; with the mean back: 1 and 3.
     values = torch.tensor([[float("nan"), 1.0, 3.0, 1e9]])
@@ -146,6 +177,116 @@ def test_ranks_whiten_with_the_moments_of_the_global_batch(shift_mean):
     assert kept.mean().item() == pytest.approx(0.0 if shift_mean else values[mask].mean().item(), abs=1e-3)
 
 
+def test_registry_by_hand():
+    # One prompt, gamma and lambda 0.5. Row 0: rewards 1 and 2 at actions 1 and 3, score 3. Row 1: 0 and 1 at actions
+    # 1 and 2, score 1. Row 2 has no action and is in no group: mean 2, std sqrt 2.
+    token_rewards = torch.tensor([[NAN, 1.0, NAN, 2.0], [NAN, 0.0, 1.0, NAN], [9.0, NAN, 9.0, 9.0]])
+    mask = torch.tensor([[0, 1, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
+    values = torch.tensor([[NAN, 0.5, NAN, 1.0], [NAN, 0.0, 0.0, NAN], [NAN] * 4])
+    z = 1 / (math.sqrt(2) + 1e-6)
+    scores = (3, 3, 1, 1)
+    expected = {  # the four actions in order: advantages, returns
+        # Row 0, action 3: 2 - 1 = 1; action 1: delta = 1 + 0.5 - 0.5 = 1, plus 0.25 * 1. Row 1: 1, then 0 + 0.25 * 1.
+        "gae": ((1.25, 1.0, 0.25, 1.0), (1.75, 2.0, 0.25, 1.0)),
+        "reinforce_pp": ((2.0, 2.0, 0.5, 1.0), (2.0, 2.0, 0.5, 1.0)),  # 1 + 0.5 * 2, 2; 0 + 0.5 * 1, 1
+        "grpo": ((z, z, -z, -z), scores),
+        "dr_grpo": ((1, 1, -1, -1), scores),
+        "reinforce_baseline": ((1, 1, -1, -1), scores),
+        "rloo": ((2, 2, -2, -2), scores),  # 3 - 1, 1 - 3
+        "remax": ((1, 1, -4, -4), scores),  # 3 - 2, 1 - 5
+    }
+    assert set(expected) == set(ADVANTAGES)
+    for name, pair in expected.items():
+        result = ADVANTAGES[name](
+            token_rewards,
+            mask,
+            values=values,
+            prompt_ids=torch.full((3,), 5),
+            baseline=torch.tensor([2.0, 5.0, NAN]),
+            gamma=0.5,
+            gae_lambda=0.5,
+        )
+        for tensor, numbers in zip(result, pair, strict=True):
+            assert tensor.dtype == torch.float32
+            torch.testing.assert_close(tensor[mask], torch.tensor(numbers, dtype=torch.float32))
+            assert (tensor[~mask] == 0).all()
+
+
+def registry_loop(name, token_rewards, mask, values, prompts, baseline, gamma, gae_lambda):
+    """Advantages of one estimator as nested lists, from Python floats."""
+    columns = [[t for t in range(len(row)) if row[t]] for row in mask]
+    scores = [sum(r[t] for t in kept) for r, kept in zip(token_rewards, columns, strict=True)]
+    out = [[0.0] * len(row) for row in mask]
+    for b, kept in enumerate(columns):
+        group = [scores[j] for j in range(len(mask)) if prompts[j] == prompts[b] and columns[j]]
+        for i, t in enumerate(kept):
+            if name == "gae":
+                out[b][t] = gae_loop(token_rewards[b], values[b], mask[b], gamma, gae_lambda)[t]
+            elif name == "reinforce_pp":
+                out[b][t] = sum(gamma**k * token_rewards[b][u] for k, u in enumerate(kept[i:]))
+            elif name == "remax":
+                out[b][t] = scores[b] - baseline[b]
+            elif len(group) == 1:
+                out[b][t] = 0.0
+            elif name == "rloo":
+                out[b][t] = scores[b] - (sum(group) - scores[b]) / (len(group) - 1)
+            else:
+                out[b][t] = scores[b] - statistics.mean(group)
+                out[b][t] /= statistics.stdev(group) + 1e-6 if name == "grpo" else 1.0
+    return out
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_registry_matches_a_loop_whatever_the_padding_and_order(name):
+    generator = torch.Generator().manual_seed(0)
+    token_rewards, values = torch.randn(2, 12, 9, generator=generator)
+    baseline = torch.randn(12, generator=generator)
+    prompts = torch.randint(4, (12,), generator=generator)
+    mask = torch.rand(12, 9, generator=generator) < 0.5
+    mask[3] = False
+    inputs = {"values": values, "prompt_ids": prompts, "baseline": baseline}
+    factors = {"gamma": 0.9, "gae_lambda": 0.8}
+    advantages, returns = ADVANTAGES[name](token_rewards, mask, **inputs, **factors)
+    lists = [x.tolist() for x in (token_rewards, mask, values, prompts, baseline)]
+    torch.testing.assert_close(advantages, torch.tensor(registry_loop(name, *lists, *factors.values())))
+
+    order = torch.randperm(12, generator=generator)
+    moved = {key: tensor[order] for key, tensor in inputs.items()}
+    moved["values"] = torch.nn.functional.pad(moved["values"], (0, 4), value=NAN)
+    padded = torch.nn.functional.pad(token_rewards[order], (0, 4), value=NAN)
+    again = ADVANTAGES[name](padded, torch.nn.functional.pad(mask[order], (0, 4)), **moved, **factors)
+    for ours, theirs in zip(again, (advantages, returns), strict=True):
+        torch.testing.assert_close(ours, torch.nn.functional.pad(theirs[order], (0, 4)))
+
+
+@pytest.mark.parametrize("name", [name for name in ADVANTAGES if ADVANTAGES[name].needs_groups])
+def test_equal_scores_from_turns_at_other_tokens_have_no_advantage(name):
+    token_rewards = torch.tensor(list(itertools.permutations([0.1, 0.2, 0.3, 0.7])))
+    assert len(token_rewards.sum(1).unique()) > 1  # in float32 the order matters
+    mask, prompts = torch.ones(24, 4).bool(), torch.zeros(24)
+    advantages, _ = ADVANTAGES[name](token_rewards, mask, prompt_ids=prompts, gamma=1.0, gae_lambda=1.0)
+    assert (advantages == 0).all()
+
+
+def test_registry_says_what_an_estimator_needs():
+    x, mask = torch.ones(2, 3), torch.ones(2, 3).bool()
+    given = {"values": x, "prompt_ids": torch.tensor([0, 0]), "baseline": torch.ones(2)}
+    factors = {"gamma": 1.0, "gae_lambda": 1.0}
+    for estimator in ADVANTAGES.values():
+        needs = (estimator.needs_critic, estimator.needs_groups, estimator.needs_greedy_baseline)
+        needed = {name: given[name] for name, flag in zip(given, needs, strict=True) if flag}
+        assert estimator(x, mask, **needed, **factors)[0].shape == (2, 3)
+        for name in needed:
+            with pytest.raises(ValueError, match=f"needs {name}"):
+                estimator(x, mask, **{key: given[key] for key in given if key != name}, **factors)
+            with pytest.raises(ValueError, match=rf"{name} \("):
+                estimator(x, mask, **{**needed, name: given[name][1:]}, **factors)
+        with pytest.raises(ValueError, match=r"token_rewards \(2, 3\), action_mask \(2, 2\)"):
+            estimator(x, mask[:, 1:], **needed, **factors)
+    whitened = [name for name, estimator in ADVANTAGES.items() if estimator.whitens]
+    assert whitened == ["gae", "reinforce_pp", "reinforce_baseline"]
+
+
 def test_rejects_bad_input():
     x, mask = torch.zeros(2, 3), torch.ones(2, 3).bool()
     with pytest.raises(ValueError, match=r"rewards \(2, 3\), values \(2, 2\), action_mask \(2, 3\)"):
@@ -156,6 +297,8 @@ def test_rejects_bad_input():
         group_advantages(x[0], torch.zeros(3), kind="ppo")
     with pytest.raises(ValueError, match=r"prompt_ids \(2,\)"):
         group_advantages(x[0], torch.zeros(2))
+    with pytest.raises(ValueError, match=r"prompt_ids \(2,\)"):
+        has_signal(x[0], torch.zeros(2))
     with pytest.raises(ValueError, match=r"values \(2, 3\), mask \(2, 2\)"):
         whiten(x, mask[:, 1:])
     with pytest.raises(ValueError, match="moments"):

@@ -156,6 +156,35 @@ def test_policy_loss_is_the_same_after_padding_reordering_and_splitting(kind, ag
         torch.testing.assert_close(grad, whole[1])
 
 
+def test_weights_multiply_each_tokens_loss_and_gradient_by_hand():
+    # r = 1.1 and A = 2 lie inside the range, r = 1.5 is clipped to 1.2: losses -2.2 and -2.4, gradients -2.2 and 0,
+    # times weights 0.5 and 3; the mean is still over two tokens.
+    new = torch.tensor([[0.0, -1 + math.log(1.1), -1 + math.log(1.5)]], requires_grad=True)
+    old, advantages = torch.tensor([[0.0, -1.0, -1.0]]), torch.full((1, 3), 2.0)
+    mask, weights = torch.tensor([[False, True, True]]), torch.tensor([[float("nan"), 0.5, 3.0]])
+    loss = policy_loss(new, old, advantages, mask, weights=weights)
+    assert loss.item() == pytest.approx((0.5 * -2.2 + 3 * -2.4) / 2)
+    (grad,) = torch.autograd.grad(loss, new)
+    torch.testing.assert_close(grad, torch.tensor([[0.0, 0.5 * -2.2 / 2, 0.0]]))
+
+
+@pytest.mark.parametrize("kind, aggregation", ALL)
+def test_weights_of_one_change_nothing_and_others_match_a_loop(kind, aggregation):
+    new, old, advantages, mask = random_batch()
+    settings = {"kind": kind, "aggregation": aggregation, "normalizer": 7, "clip_range": 0.1}
+    plain = policy_loss(new, old, advantages, mask, **settings)
+    assert torch.equal(policy_loss(new, old, advantages, mask, weights=torch.ones(5, 8), **settings), plain)
+    weights = torch.rand(5, 8, generator=torch.Generator().manual_seed(1))
+    expected = 0.0
+    for b, t in mask.nonzero().tolist():
+        # The ratio of gspo needs the whole row, so the token is picked by its advantage: no advantage, no loss.
+        alone = torch.zeros(5, 8)
+        alone[b, t] = advantages[b, t]
+        expected += weights[b, t].item() * policy_loss(new, old, alone, mask, **settings).item()
+    loss = policy_loss(new, old, advantages, mask, weights=weights, **settings)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
 def test_aggregate_by_hand():
     # Rows: (1, 2, 3) with mask 1 1 0 and (4, 5, 6) with mask 0 0 1. Tokens: (1 + 2 + 6) / 3 = 3.
     # Sequences: (1.5 + 6) / 2 = 3.75. Constant 6: 9 / 6 = 1.5.
@@ -263,6 +292,8 @@ def test_rejects_bad_input():
         policy_loss(*batch, aggregation="constant")
     with pytest.raises(ValueError, match="normalizer must be > 0"):
         policy_loss(*batch, normalizer=0)
+    with pytest.raises(ValueError, match=r"weights \(5, 7\), action_mask \(5, 8\)"):
+        policy_loss(*batch, weights=new[:, 1:])
     with pytest.raises(ValueError, match="dual_clip"):
         policy_loss(*batch, dual_clip=0.5)
     with pytest.raises(ValueError, match="clip_range"):
