@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from rayllm.algorithms.off_policy import importance_weights
 
 from actors.learner import LearnerActor
 from actors.scoring import mean_nats, per_token
@@ -18,8 +17,15 @@ from rayllm.algorithms.advantages import ADVANTAGES, masked_moments, whiten
 from rayllm.algorithms.kl import kl_estimate
 from rayllm.algorithms.logprobs import token_entropy, token_logprobs
 from rayllm.algorithms.losses import aggregate, language_model_loss, policy_loss
-from rayllm.algorithms.metrics import approx_kl, clip_fraction, masked_mean
-from rayllm.algorithms.rewards import group_normalize, overlong_penalty, per_token_rewards, standardize
+from rayllm.algorithms.metrics import approx_kl, clip_fraction
+from rayllm.algorithms.off_policy import importance_weights, mismatch
+from rayllm.algorithms.rewards import (
+    group_normalize,
+    length_penalty,
+    overlong_penalty,
+    per_token_rewards,
+    standardize,
+)
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.experience import Experience
 from rayllm.data.text import PackedRows
@@ -90,7 +96,7 @@ class PolicyActor(LearnerActor):
         )
         if baselines is not None:
             baselines = self._shaped(baselines, shard, scale)
-        advantages, returns = self.estimator.estimate(
+        advantages, returns = self.estimator(
             token_rewards,
             mask,
             values=values,
@@ -117,10 +123,11 @@ class PolicyActor(LearnerActor):
         """(B,) scores, put on a scale, with what the response's length and end take off."""
         shaping, lengths = self.config.shaping, shard.action_mask.sum(1)
         if scale is not None:
-            rewards = standardize(rewards, *scale)
+            rewards = standardize(rewards, mean=scale[0], std=scale[1])
         if shaping.normalize == "group":
             rewards = group_normalize(rewards, shard.prompt_ids)
-        rewards = rewards - shaping.missing_eos_penalty * (~shard.stopped) - shaping.length_penalty * lengths
+        rewards = rewards - shaping.missing_eos_penalty * (~shard.stopped)
+        rewards = rewards + length_penalty(lengths, per_token=shaping.length_penalty)
         if shaping.overlong_buffer:
             limit = self.config.rollout.max_new_tokens
             rewards = rewards + overlong_penalty(lengths, max_length=limit, buffer=shaping.overlong_buffer)
@@ -226,13 +233,14 @@ class PolicyActor(LearnerActor):
     def _rollout_sums(self, experience: Experience) -> dict[str, tuple[float, float]]:
         mask, logprobs = experience.action_mask, experience.logprobs
         rows, tokens = float(len(experience)), float(mask.sum())
-        mismatch = masked_mean((logprobs - experience.rollout_logprobs).abs(), mask)
+        apart = mismatch(logprobs, experience.rollout_logprobs, mask)
         sums = {
             "objective/rewards": (float(experience.rewards.sum()), rows),
             "objective/entropy": (-float(logprobs[mask].sum()), tokens),
             "response/length_mean": (tokens, rows),
             "response/stop_rate": (float(experience.stopped.sum()), rows),
-            "rollout/logprob_mismatch": (float(mismatch) * tokens, tokens),
+            "rollout/logprob_mismatch": (float(apart["difference_sum"]), tokens),
+            "rollout/logprob_mismatch_kl": (float(apart["kl_sum"]), tokens),
         }
         if experience.ref_logprobs is not None:
             estimator = self.config.algorithm.kl_estimator

@@ -9,7 +9,7 @@ import torch
 from actors.environment import device_of
 from actors.scoring import micro_batches
 from rayllm.algorithms.advantages import has_signal
-from rayllm.algorithms.rewards import RunningMoments
+from rayllm.algorithms.rewards import RunningMoments, standardize
 from rayllm.data.experience import Experience, concat
 from rayllm.data.files import Row
 from rayllm.models.heads import ScalarModel, sequence_rewards
@@ -70,7 +70,7 @@ class RewardActor(RewardSource):
             part = part.to(self.device)
             scores = self.model(part.sequences, part.attention_mask)
             parts.append(sequence_rewards(scores, part.attention_mask).cpu())
-        return (torch.cat(parts) - self.mean) / self.std
+        return standardize(torch.cat(parts), mean=self.mean, std=self.std)
 
 
 class GoldRewardActor(RewardSource):

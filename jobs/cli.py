@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -107,7 +108,8 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
             raise InputError(f"--explain: for `rayllm ppo` only, got {name}")
         from jobs.ppo_explain import explain
 
-        explain(loaded.config, console)
+        config: Any = loaded.config
+        explain(config, console)
         return 0
     if parsed.address:
         from jobs.submit import submit

@@ -83,8 +83,8 @@ def run(loaded: Loaded[EvaluateConfig], console: Console, *, verbose: bool = Fal
                 answers, bits = {}, {}
                 for done, (name, path) in enumerate(config.models.items(), start=1):
                     progress.status(f"{name} answers")
-                    text = held_out_text(config.heldout_documents, tokenizer)
-                    bits[name] = actors.text.submit(ReferenceActor.bits_per_byte, str(path), text)
+                    rows = held_out_text(config.heldout_documents, tokenizer)
+                    bits[name] = actors.text.submit(ReferenceActor.bits_per_byte, str(path), rows)
                     answers[name] = ask(actors, config, path, prompts, tokenizer)
                     new = answers[name].get("new")
                     progress.update(done, {f"{name}/gold": new.figures["gold"]} if new else {})

@@ -27,7 +27,8 @@ def lines(config: PPOConfig) -> list[tuple[str, str, str]]:
         ("responses a step", f"{rows:,}", f"x samples_per_prompt {config.samples_per_prompt}"),
         ("response tokens a step", f"at most {tokens:,}", f"x rollout.max_new_tokens {config.rollout.max_new_tokens}"),
         ("shards", f"{shards}", f"{rows // shards:,} responses each, over {config.rollout.num_actors} rollout actors"),
-        ("optimizer steps a step", f"{updates}", f"{algorithm.num_epochs} epochs x {algorithm.num_minibatches} minibatches"),
+        ("optimizer steps a step", f"{updates}",
+         f"{algorithm.num_epochs} epochs x {algorithm.num_minibatches} minibatches"),
     ]  # fmt: skip
     for role, ranks in config.learner_ranks.items():
         on_rank = rows // ranks

@@ -92,8 +92,6 @@ class Roles:
         """Of every shard under the reference; None each without one."""
         if self.reference is not None:
             return self.reference.map(ReferenceActor.logprobs, shards)
-        if needs_ref_logprobs(self.config):
-            return self.policy.map(PolicyActor.ref_logprobs, shards)
         return [None] * len(shards)
 
     def values(self, shards: list[Any]) -> list[Any]:
@@ -166,7 +164,7 @@ def needs_ref_logprobs(config: PPOConfig) -> bool:
 
 def needs_reference(config: PPOConfig) -> bool:
     """A model of its own: with LoRA the policy without its adapter is the reference."""
-    return needs_ref_logprobs(config) and config.policy.learner.lora is None
+    return needs_ref_logprobs(config)
 
 
 def _start_reward(config: PPOConfig, role: Role, prompts: PromptData) -> ActorGroup[Any]:

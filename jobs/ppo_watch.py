@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any
 
 from actors.fleet import generate
@@ -64,7 +65,7 @@ class Controls:
         return {"objective/kl_coef": used}
 
     def state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef, "moments": self.moments.state()}
+        return {"kl_coef": self.kl_coef, "moments": astuple(self.moments)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.kl_coef = state["kl_coef"]

@@ -10,13 +10,14 @@ from actors.critic import CriticActor
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
-from actors.reward import RewardActor
+from actors.reward import RewardActor, RewardSource
 from actors.weights import unpack
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.rollout import Rollout, collate
+from rayllm.models.loading import load_causal_lm
 
-ROWS = 12
+ROWS, KL_COEF = 12, 0.1
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +86,13 @@ class Learners:
         ref = self.reference.map(ReferenceActor.logprobs, parts)
         rewards = self.reward.map(RewardActor.rewards, parts)
         values = self.critic.map(CriticActor.values, parts)
-        return self.policy.map(PolicyActor.experience, parts, rewards, logprobs, ref, values)
+        scores = (rewards, [None] * len(parts), logprobs, ref, values)
+        return self.policy.map(PolicyActor.experience, parts, *scores, kl_coef=KL_COEF, scale=None)
 
     def step(self, step: int = 0):
         parts = shards(self.config.num_shards, seed=step)
         experience = self.score(parts)
-        policy = self.policy.call_sharded(PolicyActor.update, experience, step=step)
+        policy = self.policy.call_sharded(PolicyActor.update, experience, step=step, kl_coef=KL_COEF)
         critic = self.critic.call_sharded(CriticActor.update, experience, step=step)
         return collect(policy, "policy")[0] | collect(critic, "critic")[0]
 
@@ -192,15 +194,136 @@ def test_scores_of_one_actor_are_those_of_the_plain_model(tiny_model_dir, reward
 
 
 def test_the_score_is_on_the_last_token_and_a_cut_response_is_penalised(tmp_path, tiny_model_dir, reward_model_dir):
-    config = make_config(tmp_path, tiny_model_dir, reward_model_dir, "algorithm.gae_lambda=1.0", "algorithm.kl_coef=0")
-    policy = PolicyActor(rank=0, world_size=1, config=config)
+    experience = experience_of(tmp_path, tiny_model_dir, reward_model_dir, "algorithm.gae_lambda=1.0")
+    # gamma = lambda = 1, no values, no KL: every action's return is the score, 2.5, or 2.5 - 1 where it was cut.
+    expected = torch.where(experience.stopped, 2.5, 1.5)[:, None] * experience.action_mask
+    torch.testing.assert_close(experience.returns, expected)
+
+
+def experience_of(tmp_path, model, reward_model, *overrides, scale=None):
+    """What the policy makes of scores of 2.5, with zeros for log-probabilities and values."""
+    policy = PolicyActor(rank=0, world_size=1, config=make_config(tmp_path, model, reward_model, *overrides))
     (batch,) = shards(1)
     zeros = torch.zeros(batch.sequences.shape)
-    rewards = torch.full((ROWS,), 2.5)
-    experience = policy.experience(batch, rewards, zeros, zeros, zeros)
-    # gamma = lambda = 1, no values, no KL: every action's return is the score, 2.5, or 2.5 - 1 where it was cut.
-    expected = torch.where(batch.stopped, 2.5, 1.5)[:, None] * batch.action_mask
-    torch.testing.assert_close(experience.returns, expected)
+    scores = torch.full((ROWS,), 2.5)
+    return policy.experience(batch, scores, None, zeros, zeros, zeros, kl_coef=0.1, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scale", "reward"),
+    [
+        (("shaping.length_penalty=0.1",), None, lambda length: 2.5 - 0.1 * length),
+        # Of 8 tokens at most the last 4 cost: linearly, 1 at the limit.
+        (("shaping.overlong_buffer=4", "rollout.max_new_tokens=8"), None, lambda length: 2.5 - max(0, length - 4) / 4),
+        (("shaping.clip=1.5",), None, lambda length: 1.5),
+        (("shaping.normalize=running",), (0.5, 4.0), lambda length: 0.5),
+    ],
+    ids=["length", "overlong", "clip", "running"],
+)
+def test_what_shaping_makes_of_a_score(tmp_path, tiny_model_dir, reward_model_dir, overrides, scale, reward):
+    keys = ("algorithm.gae_lambda=1.0", "shaping.missing_eos_penalty=0", *overrides)
+    experience = experience_of(tmp_path, tiny_model_dir, reward_model_dir, *keys, scale=scale)
+    for row in range(ROWS):
+        mask = experience.action_mask[row]
+        expected = torch.full((int(mask.sum()),), float(reward(int(mask.sum()))))
+        torch.testing.assert_close(experience.returns[row][mask], expected)
+
+
+def scored(prompt_ids, rewards):
+    """A shard of two-token rows that carry their reward's place, and the rewards."""
+    rollouts = [
+        Rollout(
+            prompt_id=prompt, prompt_token_ids=(5,), token_ids=(10 + index,), logprobs=(-1.0,), finish_reason="stop",
+            policy_version=0,
+        )
+        for index, prompt in enumerate(prompt_ids)
+    ]  # fmt: skip
+    return collate(rollouts, pad_token_id=0), torch.tensor(rewards)
+
+
+def test_prompts_without_signal_are_replaced_by_those_with():
+    shard = scored([1, 1, 2, 2, 3, 3], [0.0, 1.0, 5.0, 5.0, 7.0, 7.0])
+    spare = scored([8, 8, 9, 9], [4.0, 4.0, 2.0, 3.0])
+    assert RewardSource.count_without_signal(*shard) == 2
+    filled = RewardSource.replace_without_signal(*shard, *spare)
+    # 1 has signal, 9 too; nothing better than 2 is left for the third place.
+    assert filled.prompt_ids.tolist() == [1, 1, 9, 9, 2, 2]
+    assert filled.rewards.tolist() == [0.0, 1.0, 2.0, 3.0, 5.0, 5.0]
+    assert filled.sequences[:, 1].tolist() == [10, 11, 12, 13, 12, 13]
+
+
+def test_the_reference_moves_towards_the_policy(local_ray, tiny_model_dir, other_tiny_model_dir):
+    import ray
+
+    from actors.weights import pack, read_safetensors
+
+    reference = ReferenceActor(model=str(tiny_model_dir), temperature=0.7, micro_batch_size=5)
+    before = {name: tensor.clone() for name, tensor in reference.model.named_parameters()}
+    other = dict(read_safetensors(other_tiny_model_dir))
+    reference.move([ray.put(pack(other.items(), version=1))], ema=0.75)
+    for name, tensor in reference.model.named_parameters():
+        torch.testing.assert_close(tensor, 0.75 * before[name] + 0.25 * other[name])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("algorithm.advantage=grpo", "algorithm.aggregation=sequence_mean", "algorithm.kl_in=loss",
+         "algorithm.kl_estimator=k3"),
+        ("algorithm.advantage=rloo", "algorithm.aggregation=constant"),
+        ("algorithm.advantage=reinforce_pp", "algorithm.policy_loss=cispo", "algorithm.entropy_coef=0.01"),
+        ("algorithm.advantage=reinforce_baseline", "algorithm.policy_loss=gspo", "algorithm.off_policy=mask"),
+    ],
+    ids=["grpo", "rloo", "reinforce_pp cispo", "reinforce_baseline gspo"],
+)  # fmt: skip
+def test_losses_do_not_depend_on_the_split(tmp_path, tiny_model_dir, reward_model_dir, overrides):
+    """The loss and its gradient of a batch are the sum of those of its parts, with padding or without."""
+    keys = ("samples_per_prompt=2", f"prompts_per_step={ROWS // 2}", "algorithm.num_minibatches=1", *overrides)
+    policy = PolicyActor(rank=0, world_size=1, config=make_config(tmp_path, tiny_model_dir, reward_model_dir, *keys))
+    policy.engine = PlainEngine(load_causal_lm(tiny_model_dir))
+    (batch,) = shards(1)
+    batch = batch.replace(prompt_ids=batch.prompt_ids // 2)
+    generator = torch.Generator().manual_seed(0)
+    logprobs = policy.logprobs(batch)
+    ref = logprobs + 0.1 * torch.randn(logprobs.shape, generator=generator)
+    scores = torch.randn(ROWS, generator=generator)
+    experience = policy.experience(batch, scores, None, logprobs - 0.05, ref, None, kl_coef=0.1, scale=None)
+
+    def gradients(parts):
+        policy.engine.module.zero_grad()
+        sums = {}
+        total = 0.0
+        for part in parts:
+            loss = policy._loss(part, normalizer=policy._normalizer(parts), kl_coef=0.1, sums=sums)
+            loss.backward()
+            total += loss.item()
+        return total, [p.grad.clone() for p in policy.engine.module.parameters()], policy.mean_over_ranks(sums)
+
+    whole = gradients([experience])
+    split = gradients([experience[i : i + 1].trimmed() for i in range(ROWS)])
+    assert split[0] == pytest.approx(whole[0], rel=1e-4, abs=1e-6)
+    assert split[2] == pytest.approx(whole[2], rel=1e-4, abs=1e-6)
+    for one, other in zip(whole[1], split[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+class PlainEngine:
+    """The model without DeepSpeed."""
+
+    def __init__(self, module):
+        self.module, self.device = module, torch.device("cpu")
+
+    def __call__(self, **inputs):
+        return self.module(**inputs)
+
+    def train(self, mode=True):
+        self.module.train(mode)
+
+    def sum_over_ranks(self, value):
+        return value
+
+    def sum_tensor(self, values):
+        return values
 
 
 def test_a_dead_actor_and_a_failing_call_are_named(local_ray):
