@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from actors.group import ActorGroup, Role, collect
 from actors.rollout import RolloutActor
+from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.label import RolloutConfig
+from rayllm.data.files import Row
 from rayllm.data.rollout import Rollout
 
 CHUNK = 64
@@ -18,16 +21,19 @@ def rollout_role(config: RolloutConfig) -> Role:
     return Role("rollout", config.num_actors, config.cpus_per_actor, config.gpus_per_actor)
 
 
-def start_rollout_actors(config: RolloutConfig, model: Path, *, seed: int) -> ActorGroup[RolloutActor]:
+def start_rollout_actors(
+    config: RolloutConfig, model: Path, *, seed: int, environment: EnvironmentConfig = EnvironmentConfig()
+) -> ActorGroup[RolloutActor]:
     """Start the engines on a model folder; all sample with one seed, so that it does not matter who gets a prompt."""
-    arguments = {"model_dir": str(model), "engine": config.engine, "seed": seed}
+    arguments = {"model_dir": str(model), "engine": config.engine, "seed": seed, "environment": environment}
     return ActorGroup(rollout_role(config), RolloutActor, lambda rank: arguments)
 
 
 def generate(
     group: ActorGroup[RolloutActor],
-    prompts: Sequence[tuple[int, list[int]]],
+    prompts: Sequence[tuple[int, list[int]]] | Sequence[tuple[int, Row]],
     *,
+    method: Callable[..., Any] = RolloutActor.generate,
     num_samples: int,
     temperature: float,
     max_new_tokens: int,
@@ -37,11 +43,12 @@ def generate(
     """Sample for (prompt id, token ids) pairs; results in the order of the prompts.
 
     Args:
+        method: ``RolloutActor.converse`` for (prompt id, row) pairs.
         on_done: called with the number of prompts done so far.
     """
     chunks = [list(prompts[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK)]
     references = group.map(
-        RolloutActor.generate,
+        method,
         chunks,
         num_samples=num_samples,
         temperature=temperature,

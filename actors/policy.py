@@ -77,22 +77,25 @@ class PolicyActor(LearnerActor):
 
         Args:
             shard: rollouts.
-            rewards: (B,) scores.
+            rewards: (B,) rewards of the whole responses.
             baselines: (B,) scores of the greedy responses, for ReMax.
             logprobs, ref_logprobs, values: (B, T); the last two None in a run without them.
             kl_coef: of this step.
             scale: mean and deviation to take out of the scores; None leaves them.
         """
         algorithm, mask = self.config.algorithm, shard.action_mask
+        # What the environment's turns earned lies where they ended; the rest of the reward at the response's end.
+        final = rewards if shard.turn_rewards is None else rewards - shard.turn_rewards.sum(1)
         penalty_in_reward = ref_logprobs is not None and algorithm.kl_in == "reward"
         token_rewards = per_token_rewards(
-            self._shaped(rewards, shard, scale),
+            self._shaped(final, shard, scale),
             logprobs,
             ref_logprobs if penalty_in_reward else logprobs,
             mask,
             kl_coef=kl_coef if penalty_in_reward else 0.0,
             estimator=algorithm.kl_estimator,
             clip=self.config.shaping.clip,
+            turn_rewards=shard.turn_rewards,
         )
         if baselines is not None:
             baselines = self._shaped(baselines, shard, scale)

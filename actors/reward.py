@@ -23,8 +23,11 @@ class RewardSource:
         raise NotImplementedError
 
     def rewards(self, shard: Experience) -> torch.Tensor:
-        """(B,) float32: those that the shard brings, or else its scores."""
-        return self.score(shard) if shard.rewards is None else shard.rewards
+        """(B,) float32: those that the shard brings, or else its scores and what its turns earned."""
+        if shard.rewards is not None:
+            return shard.rewards
+        scores = self.score(shard)
+        return scores if shard.turn_rewards is None else scores + shard.turn_rewards.sum(1)
 
     @staticmethod
     def moments(rewards: torch.Tensor) -> RunningMoments:
@@ -100,3 +103,11 @@ class GoldRewardActor(RewardSource):
             prompt = Prompt.from_row(self.rows[prompt_id])
             scores.append(judge(prompt, text, stopped=bool(shard.stopped[index])).gold)
         return torch.tensor(scores)
+
+
+class EnvironmentRewardActor(RewardSource):
+    """Nothing but what the environment's turns earned."""
+
+    def score(self, shard: Experience) -> torch.Tensor:
+        """(B,) zeros."""
+        return torch.zeros(len(shard))

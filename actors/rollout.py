@@ -1,24 +1,30 @@
 """The rollout role: prompts in, sampled responses out, weights replaced under way.
 
-Consumes prompts (token ids) and weight bundles; produces ``Rollout``s with the sampler's own log-probabilities.
+Consumes prompts (token ids, or rows for an environment to converse about) and weight bundles; produces ``Rollout``s
+with the sampler's own log-probabilities.
 Waits for nobody: calls run concurrently and share the engine's batches.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 from collections import Counter
-from collections.abc import Awaitable
-from typing import Any, TypedDict
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypedDict, TypeVar
 
 import torch
 
+from actors.conversation import Conversations
+from actors.seeds import sample_seed
 from actors.vllm_engine import Request, VllmEngine, set_environment
 from actors.weights import WeightBundle, read_safetensors, safetensors_shapes, unpack, verify
+from rayllm.config.environment import EnvironmentConfig
 from rayllm.data.experience import Experience
+from rayllm.data.files import Row
 from rayllm.data.rollout import Rollout, collate
+
+PromptT = TypeVar("PromptT")
 
 MIN_TEMPERATURE = 0.01
 """vLLM raises what lies between 0 and this, and says so in its log only."""
@@ -46,9 +52,17 @@ class RolloutActor:
         engine: vLLM's EngineArgs, over ``vllm_engine.default_engine_args``; ``max_model_len`` is the model's unless
             given here.
         seed: of the sampling. Actors that serve one run get the same one.
+        environment: what the policy converses with; without a name, prompts get single responses.
     """
 
-    def __init__(self, model_dir: str, *, engine: dict[str, Any], seed: int) -> None:
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        engine: dict[str, Any],
+        seed: int,
+        environment: EnvironmentConfig = EnvironmentConfig(),
+    ) -> None:
         set_environment()
         from rayllm.data.tokenizer import stop_token_ids
         from rayllm.models.loading import load_tokenizer
@@ -56,9 +70,12 @@ class RolloutActor:
         tokenizer = load_tokenizer(model_dir)
         self._seed = seed
         self._pad_token_id = int(tokenizer.pad_token_id)
-        self._prompts: list[list[int]] = []
+        self._prompts: list[Any] = []
         self._sampling: dict[str, Any] = {}
         self._engine = VllmEngine(model_dir, stop_token_ids=stop_token_ids(tokenizer), overrides=engine)
+        self._conversations: Conversations | None = None
+        if environment.name is not None:
+            self._conversations = Conversations(environment, self._engine, tokenizer, where=model_dir)
 
     async def generate(
         self,
@@ -86,36 +103,86 @@ class RolloutActor:
             ValueError: a prompt that is empty, too long or has an unknown token, named by its id; or a setting out
                 of range. Nothing has been sampled then.
         """
-        self._check(prompts, num_samples=num_samples, temperature=temperature, max_new_tokens=max_new_tokens)
-        seen: Counter[int] = Counter()
-        requests = []
+        check_sampling(num_samples=num_samples, temperature=temperature, max_new_tokens=max_new_tokens)
         for prompt_id, token_ids in prompts:
-            for sample in range(num_samples):
-                seed = sample_seed(self._seed, step, prompt_id, sample, seen[prompt_id])
-                requests.append(Request(token_ids=token_ids, seed=seed))
-            seen[prompt_id] += 1
+            problem = self._engine.problem(token_ids, max_new_tokens=max_new_tokens)
+            if problem:
+                raise ValueError(f"prompt {prompt_id} {problem}")
+        samples = self._samples(prompts, num_samples, step)
         responses = await self._engine.generate(
-            requests, temperature=temperature, max_new_tokens=max_new_tokens
+            [Request(token_ids=token_ids, seed=seed) for _, token_ids, seed in samples],
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
         )
         return [
             Rollout(
-                prompt_id=prompts[place // num_samples][0],
-                prompt_token_ids=tuple(prompts[place // num_samples][1]),
+                prompt_id=prompt_id,
+                prompt_token_ids=tuple(token_ids),
                 token_ids=response.token_ids,
                 logprobs=response.logprobs,
                 finish_reason=response.finish_reason,
                 policy_version=response.version,
             )
-            for place, response in enumerate(responses)
+            for (prompt_id, token_ids, _), response in zip(samples, responses, strict=True)
         ]
 
+    async def converse(
+        self,
+        prompts: list[tuple[int, Row]],
+        *,
+        num_samples: int,
+        temperature: float,
+        max_new_tokens: int,
+        step: int,
+    ) -> list[Rollout]:
+        """Let the policy converse with the environment, ``num_samples`` times about each prompt.
+
+        Like ``generate`` in order and seeds. All conversations go on at once, each as soon as its own turn is done.
+
+        Args:
+            prompts: prompt id and row, from which the environment makes the prompt.
+            temperature: as in ``generate``.
+            max_new_tokens: of each turn of the policy.
+            step: changes the seeds.
+
+        Raises:
+            ValueError: a setting out of range.
+            RuntimeError: the environment failed; the text names prompt and turn. The other conversations are given up:
+                a batch without the ones that break the environment would teach the policy to break it.
+        """
+        assert self._conversations is not None, "made without an environment"
+        check_sampling(num_samples=num_samples, temperature=temperature, max_new_tokens=max_new_tokens)
+        sampling: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        tasks = [
+            asyncio.create_task(self._conversations.play(prompt_id, row, seed=seed, **sampling))
+            for prompt_id, row, seed in self._samples(prompts, num_samples, step)
+        ]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _samples(
+        self, prompts: Sequence[tuple[int, PromptT]], num_samples: int, step: int
+    ) -> list[tuple[int, PromptT, int]]:
+        """Prompt id, prompt and seed of every sample. A prompt id that stands twice is sampled twice."""
+        seen: Counter[int] = Counter()
+        samples = []
+        for prompt_id, prompt in prompts:
+            for sample in range(num_samples):
+                seed = sample_seed(self._seed, step, prompt_id, sample, seen[prompt_id])
+                samples.append((prompt_id, prompt, seed))
+            seen[prompt_id] += 1
+        return samples
+
     async def set_prompts(
-        self, prompts: list[list[int]], *, num_samples: int, temperature: float, max_new_tokens: int
+        self, prompts: list[list[int]] | list[Row], *, num_samples: int, temperature: float, max_new_tokens: int
     ) -> None:
         """Keep the training prompts and how to sample them, so that a step is asked for by numbers only.
 
         Args:
-            prompts: token ids; the prompt id is the index.
+            prompts: token ids, or rows if there is an environment; the prompt id is the index.
         """
         self._prompts = prompts
         self._sampling = {
@@ -123,9 +190,10 @@ class RolloutActor:
         }
 
     async def experience(self, prompt_ids: list[int], *, step: int) -> Experience:
-        """Sample responses to some of the kept prompts and put them into one batch."""
+        """Sample responses to some of the kept prompts, or converse about them, and put all into one batch."""
         prompts = [(prompt_id, self._prompts[prompt_id]) for prompt_id in prompt_ids]
-        rollouts = await self.generate(prompts, step=step, **self._sampling)
+        sample = self.generate if self._conversations is None else self.converse
+        rollouts = await sample(prompts, step=step, **self._sampling)
         return collate(rollouts, pad_token_id=self._pad_token_id)
 
     async def greedy(self, shard: Experience, *, step: int) -> Experience:
@@ -181,40 +249,10 @@ class RolloutActor:
         """Free the engine; calls under way fail. The actor serves nothing afterwards."""
         await self._engine.shutdown()
 
-    def _check(
-        self,
-        prompts: list[tuple[int, list[int]]],
-        *,
-        num_samples: int,
-        temperature: float,
-        max_new_tokens: int,
-    ) -> None:
-        if num_samples < 1 or max_new_tokens < 1:
-            raise ValueError(
-                f"num_samples={num_samples} and max_new_tokens={max_new_tokens} must be at least 1"
-            )
-        if temperature != 0 and temperature < MIN_TEMPERATURE:
-            raise ValueError(f"temperature={temperature} must be 0 (greedy) or at least {MIN_TEMPERATURE}")
-        limit, vocab_size = self._engine.max_model_len, self._engine.vocab_size
-        for prompt_id, token_ids in prompts:
-            if not token_ids:
-                raise ValueError(f"prompt {prompt_id} is empty")
-            if len(token_ids) + max_new_tokens > limit:
-                raise ValueError(
-                    f"prompt {prompt_id} does not fit: {len(token_ids)} tokens + max_new_tokens={max_new_tokens} "
-                    f"> max_model_len={limit}"
-                )
-            unknown = [token for token in token_ids if not 0 <= token < vocab_size]
-            if unknown:
-                raise ValueError(
-                    f"prompt {prompt_id} has token {unknown[0]}, outside the vocabulary of {vocab_size}"
-                )
 
-
-def sample_seed(seed: int, step: int, prompt_id: int, sample: int, occurrence: int) -> int:
-    """63 bits that name one sample of a run.
-
-    Hashed: vLLM seeds the samples of one request consecutively, and plain sums would collide between prompts.
-    """
-    text = f"{seed}/{step}/{prompt_id}/{sample}/{occurrence}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+def check_sampling(*, num_samples: int, temperature: float, max_new_tokens: int) -> None:
+    """Raise ValueError for a setting out of range."""
+    if num_samples < 1 or max_new_tokens < 1:
+        raise ValueError(f"num_samples={num_samples} and max_new_tokens={max_new_tokens} must be at least 1")
+    if temperature != 0 and temperature < MIN_TEMPERATURE:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or at least {MIN_TEMPERATURE}")

@@ -162,7 +162,7 @@ class VllmEngine:
     async def generate(
         self, requests: list[Request], *, temperature: float, max_new_tokens: int
     ) -> list[Sampled]:
-        """Sample one response per request, in their order. Requests must fit the engine: vLLM cuts silently.
+        """Sample one response per request, in their order. Requests must have no ``problem``.
 
         At temperature 0 seeds play no part, and the log-probabilities are those of temperature 1.
         """
@@ -180,6 +180,18 @@ class VllmEngine:
         except asyncio.CancelledError:
             self._commands.put((lambda: self._abort(call, RuntimeError("cancelled")), Future()))
             raise
+
+    def problem(self, token_ids: Sequence[int], *, max_new_tokens: int) -> str | None:
+        """What keeps the engine from continuing these tokens, or None. vLLM would cut silently, or break."""
+        if not token_ids:
+            return "is empty"
+        if len(token_ids) + max_new_tokens > self.max_model_len:
+            return (
+                f"does not fit: {len(token_ids)} tokens + max_new_tokens={max_new_tokens} "
+                f"> max_model_len={self.max_model_len}"
+            )
+        unknown = [token for token in token_ids if not 0 <= token < self.vocab_size]
+        return f"has token {unknown[0]}, outside the vocabulary of {self.vocab_size}" if unknown else None
 
     async def update(
         self, named: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, tuple[int, ...]], *, version: int

@@ -28,6 +28,7 @@ from rayllm.config.ppo import PPOConfig
 from rayllm.data.files import check_data_file
 from rayllm.data.prompts import PromptData, PromptStream, read_prompts
 from rayllm.data.text import tokenize_documents
+from rayllm.environments.loading import load_environment, make_prompts
 from rayllm.errors import InputError
 from rayllm.models.loading import check_model_dir, count_stored_parameters, load_tokenizer, max_positions
 from rayllm.report.run import Run
@@ -142,12 +143,23 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
 
 
 def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, PromptData | None]:
-    """Prompts to train on, and held-out ones if the config names them; the text to mix in is left in ``ptx.npy``.
+    """Prompts to train on, and held-out ones if there are any; the text to mix in is left in ``ptx.npy``.
 
     Raises:
-        InputError: too few prompts for one step, or rows that the judge cannot read.
+        InputError: too few prompts for one step, rows that the judge cannot read, or an unusable environment.
     """
+    if config.ptx.documents is not None:
+        stream = tokenize_documents(config.ptx.documents, tokenizer)
+        stream.save(job.dir / "ptx.npy")
+        job.add_data("ptx.documents", rows=stream.num_documents, tokens=len(stream.tokens), dropped={})
+    if config.environment.name is not None and config.prompts is None:
+        make = load_environment(config.environment.name, **config.environment.options)
+        num_rows = config.prompts_per_step * config.num_steps
+        prompts = PromptData(make_prompts(make, num_rows, seed=2 * config.seed), [], {})
+        rows = make_prompts(make, config.eval.num_prompts, seed=2 * config.seed + 1)
+        return prompts, PromptData(rows, [], {})
     room = max_positions(config.model) - config.rollout.max_new_tokens
+    assert config.prompts is not None
     prompts = read_prompts(config.prompts, tokenizer, max_prompt_tokens=room)
     job.add_data("prompts", rows=len(prompts), dropped=prompts.dropped)
     if len(prompts) < config.prompts_per_step:
@@ -157,10 +169,6 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
         )
     if config.reward.source == "gold":
         check_world_rows(prompts.rows, key="prompts")
-    if config.ptx.documents is not None:
-        stream = tokenize_documents(config.ptx.documents, tokenizer)
-        stream.save(job.dir / "ptx.npy")
-        job.add_data("ptx.documents", rows=stream.num_documents, tokens=len(stream.tokens), dropped={})
     if config.eval.prompts is None:
         return prompts, None
     held_out = read_prompts(

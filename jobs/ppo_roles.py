@@ -13,7 +13,7 @@ from actors.fleet import rollout_role, start_rollout_actors
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
-from actors.reward import GoldRewardActor, RewardActor
+from actors.reward import EnvironmentRewardActor, GoldRewardActor, RewardActor
 from actors.rollout import RolloutActor
 from rayllm.algorithms.advantages import ADVANTAGES
 from rayllm.config.ppo import PPOConfig
@@ -49,7 +49,9 @@ class Roles:
         learner = {"config": config, "ptx_tokens": ptx_tokens.absolute() if config.ptx.documents else None}
         roles = cls(
             config=config,
-            rollout=start_rollout_actors(config.rollout, config.model, seed=config.seed),
+            rollout=start_rollout_actors(
+                config.rollout, config.model, seed=config.seed, environment=config.environment
+            ),
             policy=ActorGroup(
                 needed["policy"],
                 PolicyActor,
@@ -77,7 +79,7 @@ class Roles:
         )
         setups = roles.rollout.submit(
             RolloutActor.set_prompts,
-            ray.put(prompts.token_ids),
+            ray.put(prompts.token_ids if config.environment.name is None else prompts.rows),
             num_samples=config.samples_per_prompt,
             temperature=config.rollout.temperature,
             max_new_tokens=config.rollout.max_new_tokens,
@@ -171,5 +173,7 @@ def _start_reward(config: PPOConfig, role: Role, prompts: PromptData) -> ActorGr
     if config.reward.source == "gold":
         rows = ray.put(prompts.rows)
         return ActorGroup(role, GoldRewardActor, lambda rank: {"tokenizer": str(config.model), "rows": rows})
+    if config.reward.source == "environment":
+        return ActorGroup(role, EnvironmentRewardActor, lambda rank: {})
     arguments = {"model": str(config.reward_model), "micro_batch_size": config.reward.micro_batch_size}
     return ActorGroup(role, RewardActor, lambda rank: arguments)

@@ -12,6 +12,7 @@ from actors.fleet import generate
 from actors.group import collect
 from actors.policy import PolicyActor
 from actors.reward import RewardActor
+from actors.rollout import RolloutActor
 from jobs.judging import judge_rollouts
 from jobs.ppo_roles import Roles
 from rayllm.algorithms.kl import next_kl_coef
@@ -126,16 +127,19 @@ class Watch:
         return {f"eval/{name}": value for name, value in figures.items()}
 
     def _ask(self, held_out: PromptData) -> dict[str, float]:
+        converses = self.config.environment.name is not None
+        prompts: list[Any] = held_out.rows if converses else held_out.token_ids
         rollouts = generate(
             self.roles.rollout,
-            list(enumerate(held_out.token_ids)),
+            list(enumerate(prompts)),
+            method=RolloutActor.converse if converses else RolloutActor.generate,
             num_samples=1,
             temperature=self.config.rollout.temperature,
             max_new_tokens=self.config.rollout.max_new_tokens,
             step=-1,
         )
         figures: dict[str, float] = {}
-        if self.config.reward.source == "model":
+        if self.config.reward.source != "gold":  # that knows the training prompts only; eval.judge is the same
             batch = collate(rollouts, pad_token_id=self.tokenizer.pad_token_id)
             (rewards,) = collect(self.roles.reward.map(RewardActor.rewards, [batch]), "reward")
             figures["rewards"] = float(rewards.mean())

@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 
 from rayllm.config.base import Config
 from rayllm.config.common import CheckpointConfig, JobConfig, LearnerConfig, OptimizerConfig
+from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.label import RolloutConfig
 
+PROMPTS_HELP = "Prompts to learn on: Parquet or JSONL with a `prompt` column."
 GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_baseline")
 """They compare the responses to one prompt."""
 
@@ -62,8 +64,9 @@ class ReferenceConfig(ActorsConfig):
 
 
 class RewardActorsConfig(ActorsConfig):
-    source: Literal["model", "gold"] = "model"
-    """What scores the responses: `model`, the reward model; `gold`, the toy world's exact judge."""
+    source: Literal["model", "gold", "environment"] = "model"
+    """What scores the responses: `model`, the reward model; `gold`, the toy world's exact judge; `environment`, nothing
+    but the rewards of the environment's turns, which the others get on top."""
 
 
 class AlgorithmConfig(Config):
@@ -200,8 +203,9 @@ class PPOConfig(JobConfig):
     reward_model: Path | None = None
     """Model folder of the reward model; the critic starts from it too. Needed unless reward.source=gold."""
 
-    prompts: Path
-    """Prompts to learn on: Parquet or JSONL with a `prompt` column (messages or text)."""
+    prompts: Path | None = None
+    """Prompts to learn on: Parquet or JSONL with a `prompt` column (messages or text). Needed unless an environment
+    makes its own."""
 
     num_steps: int = Field(40, ge=1)
     """Steps: one batch of rollouts and its update each."""
@@ -219,6 +223,7 @@ class PPOConfig(JobConfig):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     shaping: ShapingConfig = ShapingConfig()
     ptx: PtxConfig = PtxConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     policy: LearnerActorsConfig = LearnerActorsConfig()
     critic: CriticConfig = CriticConfig(
         optimizer=OptimizerConfig(
@@ -271,6 +276,14 @@ class PPOConfig(JobConfig):
     def _fits_together(self) -> PPOConfig:
         if self.reward_model is None and self.reward.source == "model":
             raise ValueError("reward_model: required but not given (with reward.source=gold none is needed)")
+        if self.prompts is None and self.environment.name is None:
+            raise ValueError("prompts: required but not given. " + PROMPTS_HELP)
+        if self.reward.source == "environment" and self.environment.name is None:
+            raise ValueError("reward.source=environment: no environment.name given")
+        if self.environment.name is not None and self.shaping.normalize != "none":
+            raise ValueError(
+                f"shaping.normalize={self.shaping.normalize} would move the scale of an environment's turns; set none"
+            )
         groups = {
             f"algorithm.advantage={self.algorithm.advantage}": self.algorithm.advantage in GROUP_ADVANTAGES,
             "shaping.normalize=group": self.shaping.normalize == "group",

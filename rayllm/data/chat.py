@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,6 +52,53 @@ def prompt_token_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     """The conversation so far, ready for the assistant's turn."""
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+class TurnFrame:
+    """Encodes what stands between two turns of the assistant, in the chat template's own frame.
+
+    It continues conversations that are kept as token ids: earlier turns are never rendered or encoded again. The frame
+    is found by rendering a fixed conversation with the new messages behind it and cutting off what was there before.
+
+    Args:
+        where: of the tokenizer, for messages.
+
+    Raises:
+        InputError: no template, or one that renders the assistant's turn otherwise once the conversation goes on, or a
+            tokenizer that encodes what follows a turn otherwise when the turn stands before it.
+    """
+
+    _SAID: ClassVar[list[Message]] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+
+    def __init__(self, tokenizer: Any, where: Path | str) -> None:
+        if not tokenizer.chat_template:
+            raise InputError(f"{where}: the tokenizer has no chat template; add chat_template.jinja to the folder")
+        self._tokenizer = tokenizer
+        self._where = where
+        self.end_of_turn = int(tokenizer.eos_token_id)
+        """The token that the assistant's turn must end with for the conversation to go on."""
+        self._before = self._render(self._SAID[:1]) + self._SAID[1]["content"] + tokenizer.eos_token
+        frame = self.encode(self._SAID[:1])
+        joined = tokenizer.encode(self._render([*self._SAID, *self._SAID[:1]]), add_special_tokens=False)
+        if joined[-len(frame) - 1 :] != [self.end_of_turn, *frame]:
+            raise InputError(f"{where}: the tokenizer encodes what follows {tokenizer.eos_token!r} not by itself")
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """From behind the assistant's end-of-turn token, through ``messages``, to the start of its next turn.
+
+        Raises:
+            InputError: the template puts these messages not behind an unchanged conversation.
+        """
+        text = self._render([*self._SAID, *messages])
+        if not text.startswith(self._before):
+            raise InputError(
+                f"{self._where}: the chat template does not keep a conversation's start as it was when it goes on: "
+                f"expected {self._before!r} first, got {text!r}"
+            )
+        return list(self._tokenizer.encode(text.removeprefix(self._before), add_special_tokens=False))
+
+    def _render(self, messages: list[Message]) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def encode_conversation(tokenizer: Any, messages: list[Message]) -> ChatExample:

@@ -30,6 +30,7 @@ class Experience:
     rollout_logprobs: torch.Tensor  # (B, T) nats, from the sampling engine
     prompt_ids: torch.Tensor  # (B,) int64, equal for samples of the same prompt
     stopped: torch.Tensor  # (B,) bool, the model ended its turn by itself
+    turn_rewards: torch.Tensor | None = None  # (B, T) from an environment: on a turn's last token, 0 elsewhere
     # Set by the scoring stage.
     rewards: torch.Tensor | None = None  # (B,) scalar reward per sequence
     logprobs: torch.Tensor | None = None  # (B, T) nats, policy before this step's updates

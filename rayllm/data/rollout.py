@@ -1,4 +1,4 @@
-"""One sampled response, as the rollout engine reported it."""
+"""One sampled response, or one conversation with an environment, as the rollout engine reported it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,29 @@ from rayllm.data.experience import Experience
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SampledTurn:
+    """The span of one of the policy's turns in a conversation with an environment."""
+
+    start: int
+    """Place of its first token in ``Rollout.token_ids``."""
+
+    end: int
+    """One past the place of its last token."""
+
+    reward: float
+    """What the environment gave for this turn."""
+
+    policy_version: int
+    """Number of policy updates in the weights that sampled its first token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """A prompt, one sampled response and the sampler's own log-probabilities. Made by the rollout actor only.
 
     Tokens are kept as sampled; text is decoded from them where a person or a judge reads it, and never
-    encoded again for training.
+    encoded again for training. In a conversation with an environment the response is all that follows the prompt: the
+    policy's turns and, between them, the environment's observations. It ends with a turn of the policy.
     """
 
     prompt_id: int
@@ -25,34 +43,59 @@ class Rollout:
     """The response, end-of-turn token included when the model produced it."""
 
     logprobs: tuple[float, ...]
-    """Nats, one per response token, under the sampling temperature."""
+    """Nats, one per sampled token, under the sampling temperature."""
 
     finish_reason: str
-    """"stop": the model ended its turn; "length": cut at max_new_tokens."""
+    """"stop": the model ended its turn; "length": cut at max_new_tokens. Of a conversation with an environment, whose
+    last turn is told about, also "max_turns" and "max_model_len": the model ended its turn and the environment was not
+    done, but there was no turn or no room left."""
 
     policy_version: int
-    """Number of policy updates in the weights that sampled it."""
+    """Number of policy updates in the weights that sampled its first token."""
+
+    turns: tuple[SampledTurn, ...] = ()
+    """The policy's turns in order; none without an environment: all of ``token_ids`` is sampled then."""
+
+    def __post_init__(self) -> None:
+        assert len(self.logprobs) == sum(self.sampled), "one log-probability for each sampled token"
 
     @property
     def stopped(self) -> bool:
-        return self.finish_reason == "stop"
+        """The model ended its last turn by itself."""
+        return self.finish_reason != "length"
+
+    @property
+    def sampled(self) -> tuple[bool, ...]:
+        """For each of ``token_ids``: sampled by the policy, not said by the environment."""
+        if not self.turns:
+            return (True,) * len(self.token_ids)
+        places = {place for turn in self.turns for place in range(turn.start, turn.end)}
+        return tuple(place in places for place in range(len(self.token_ids)))
 
 
 def collate(rollouts: list[Rollout], *, pad_token_id: int) -> Experience:
-    """Right-pad rollouts into one batch; fields that only scoring knows stay None."""
+    """Right-pad rollouts into one batch; fields that only scoring knows stay None.
+
+    Observations of an environment are outside ``action_mask``, and each turn's reward is on its last token.
+    """
+    with_environment = any(rollout.turns for rollout in rollouts)
+    assert all(bool(rollout.turns) == with_environment for rollout in rollouts), "one kind of rollout in a batch"
     width = max(len(r.prompt_token_ids) + len(r.token_ids) for r in rollouts)
     shape = (len(rollouts), width)
     sequences = torch.full(shape, pad_token_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.bool)
     action_mask = torch.zeros(shape, dtype=torch.bool)
     rollout_logprobs = torch.zeros(shape, dtype=torch.float32)
+    turn_rewards = torch.zeros(shape, dtype=torch.float32)
     for row, rollout in enumerate(rollouts):
         start = len(rollout.prompt_token_ids)
         end = start + len(rollout.token_ids)
         sequences[row, :end] = torch.tensor(rollout.prompt_token_ids + rollout.token_ids)
         attention_mask[row, :end] = True
-        action_mask[row, start:end] = True
-        rollout_logprobs[row, start:end] = torch.tensor(rollout.logprobs)
+        action_mask[row, start:end] = torch.tensor(rollout.sampled)
+        rollout_logprobs[row, action_mask[row]] = torch.tensor(rollout.logprobs)
+        for turn in rollout.turns:
+            turn_rewards[row, start + turn.end - 1] = turn.reward
     return Experience(
         sequences=sequences,
         attention_mask=attention_mask,
@@ -60,4 +103,5 @@ def collate(rollouts: list[Rollout], *, pad_token_id: int) -> Experience:
         rollout_logprobs=rollout_logprobs,
         prompt_ids=torch.tensor([r.prompt_id for r in rollouts]),
         stopped=torch.tensor([r.stopped for r in rollouts]),
+        turn_rewards=turn_rewards if with_environment else None,
     )

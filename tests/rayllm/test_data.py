@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from rayllm.data.batching import BatchOrder
-from rayllm.data.chat import encode_conversation, prompt_token_ids, read_conversations
+from rayllm.data.chat import TurnFrame, encode_conversation, prompt_token_ids, read_conversations
 from rayllm.data.experience import concat
 from rayllm.data.files import read_rows, write_parquet
 from rayllm.data.padding import pad_right
 from rayllm.data.preferences import read_rankings
 from rayllm.data.prompts import read_prompts
-from rayllm.data.rollout import Rollout, collate
+from rayllm.data.rollout import Rollout, SampledTurn, collate
 from rayllm.data.text import PackedRows, tokenize_documents
-from rayllm.data.tokenizer import TURN_END, end_of_text_id, stop_token_ids
+from rayllm.data.tokenizer import CHAT_TEMPLATE, TURN_END, end_of_text_id, stop_token_ids
 from rayllm.errors import InputError
 
 
@@ -221,3 +224,97 @@ def test_concat_pads_and_selecting_gives_the_parts_back():
     assert joined[1:2].trimmed().sequences.tolist() == parts[1].sequences.tolist()
     with pytest.raises(ValueError, match="rewards is set in some parts only"):
         concat([parts[0].replace(rewards=torch.zeros(1)), parts[1]])
+
+
+def conversation(prompt, parts, rewards):
+    """A rollout from (tokens, is it sampled) parts, and the same token by token."""
+    tokens, turns, logprobs = [], [], []
+    for ids, sampled in parts:
+        if sampled:
+            turns.append(SampledTurn(start=len(tokens), end=len(tokens) + len(ids), reward=rewards[len(turns)], policy_version=len(turns)))
+            logprobs += [-0.1 * token for token in ids]
+        tokens += ids
+    return Rollout(
+        prompt_id=4, prompt_token_ids=tuple(prompt), token_ids=tuple(tokens), logprobs=tuple(logprobs),
+        finish_reason="max_turns", policy_version=0, turns=tuple(turns),
+    )  # fmt: skip
+
+
+def test_collate_puts_observations_outside_and_rewards_on_the_last_token_of_their_turn():
+    three = conversation([9, 9], [([1, 2], True), ([7, 7, 7], False), ([3], True), ([8], False), ([4, 5, 6], True)], [0.5, -1, 2])
+    one = conversation([9], [([2, 2, 2], True)], [3])
+    batch = collate([three, one], pad_token_id=0)
+    assert batch.sequences.tolist() == [[9, 9, 1, 2, 7, 7, 7, 3, 8, 4, 5, 6], [9, 2, 2, 2] + [0] * 8]
+    assert batch.action_mask.int().tolist() == [[0, 0, 1, 1, 0, 0, 0, 1, 0, 1, 1, 1], [0, 1, 1, 1] + [0] * 8]
+    assert batch.attention_mask.int().tolist() == [[1] * 12, [1] * 4 + [0] * 8]
+    assert batch.turn_rewards.tolist() == [[0, 0, 0, 0.5, 0, 0, 0, -1, 0, 0, 0, 2], [0, 0, 0, 3] + [0] * 8]
+    assert batch.turn_rewards.dtype == torch.float32
+    expected = -0.1 * batch.sequences * batch.action_mask
+    torch.testing.assert_close(batch.rollout_logprobs, expected)
+    assert batch.stopped.tolist() == [True, True]
+
+
+def test_turn_rewards_are_selected_trimmed_and_joined_like_every_per_token_field():
+    long = collate([conversation([9], [([1], True), ([7], False), ([3], True)], [1, 2])], pad_token_id=0)
+    short = collate([conversation([9], [([2], True)], [3])], pad_token_id=0)
+    joined = concat([long, short])
+    assert joined.turn_rewards.tolist() == [[0, 1, 0, 2], [0, 3, 0, 0]]
+    assert joined[1:].trimmed().turn_rewards.tolist() == short.turn_rewards.tolist()
+    with pytest.raises(ValueError, match="Experience.turn_rewards has shape"):
+        long.replace(turn_rewards=torch.zeros(1))
+
+
+def test_without_an_environment_there_are_no_turn_rewards():
+    batch = collate([rollout(7, [1, 2], [3, 4])], pad_token_id=0)
+    assert batch.turn_rewards is None
+    with pytest.raises(ValueError, match="turn_rewards is set in some parts only"):
+        concat([batch, batch.replace(turn_rewards=torch.zeros(1, 4))])
+    with pytest.raises(AssertionError, match="one kind of rollout in a batch"):
+        collate([rollout(7, [1], [3]), conversation([9], [([2], True)], [3])], pad_token_id=0)
+
+
+def test_a_rollout_needs_a_logprob_for_each_sampled_token_and_no_other():
+    good = conversation([9], [([1, 2], True), ([7, 7], False), ([3], True)], [0, 0])
+    assert good.sampled == (True, True, False, False, True)
+    with pytest.raises(AssertionError, match="one log-probability for each sampled token"):
+        dataclasses.replace(good, logprobs=(0.0,) * 5)
+
+
+def test_a_turn_frame_is_what_the_template_puts_between_two_turns(tiny_tokenizer):
+    frame = TurnFrame(tiny_tokenizer, "model")
+    said = [USER, ASSISTANT]
+    observation = [{"role": "tool", "content": "95"}, {"role": "user", "content": "And now?"}]
+    before = tiny_tokenizer.apply_chat_template(said, tokenize=False).removesuffix("\n")
+    whole = prompt_token_ids(tiny_tokenizer, [*said, *observation])
+    assert tiny_tokenizer.encode(before, add_special_tokens=False) + frame.encode(observation) == whole
+    assert frame.end_of_turn == tiny_tokenizer.eos_token_id
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TURNS.replace("in messages", "in messages[-2:]") + OPENING,  # forgets
+        "{{ messages | length }}" + TURNS + OPENING,  # rewrites the start
+        TURNS.replace("<|im_end|>", "</s>") + OPENING,  # ends the turn with another token than the policy
+        TURNS,  # does not open the assistant's turn
+        None,
+    ],
+)
+def test_a_template_that_a_conversation_cannot_go_on_in_is_refused(tiny_tokenizer, template):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    message = "m: the tokenizer has no chat template" if template is None else "m: the chat template does not keep"
+    with pytest.raises(InputError, match=message):
+        TurnFrame(tokenizer, "m")
+
+
+def test_a_tokenizer_whose_end_of_turn_swallows_what_follows_is_refused(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"eos_token": AddedToken("<|end|>", rstrip=True, special=True)})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "<|end|>")
+    with pytest.raises(InputError, match="encodes what follows '<|end|>' not by itself"):
+        TurnFrame(tokenizer, "m")
