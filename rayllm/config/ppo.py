@@ -280,6 +280,8 @@ class PPOConfig(JobConfig):
             raise ValueError("prompts: required but not given. " + PROMPTS_HELP)
         if self.reward.source == "environment" and self.environment.name is None:
             raise ValueError("reward.source=environment: no environment.name given")
+        if self.environment.name is not None and self.algorithm.advantage == "remax":
+            raise ValueError("algorithm.advantage=remax compares with one greedy response: not with an environment")
         if self.environment.name is not None and self.shaping.normalize != "none":
             raise ValueError(
                 f"shaping.normalize={self.shaping.normalize} would move the scale of an environment's turns; set none"

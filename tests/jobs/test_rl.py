@@ -1,0 +1,55 @@
+"""The RL job beyond PPO: other estimators and sources of rewards, end to end on the tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.conftest import rayllm
+
+SMALL = (
+    "num_steps=2", "prompts_per_step=8", "rollout.max_new_tokens=12", "policy.cpus_per_actor=0.4",
+    "reward.cpus_per_actor=0.2", "reference.cpus_per_actor=0.2", "critic.cpus_per_actor=0.4",
+    "rollout.cpus_per_actor=0.4", "eval.num_prompts=8", "checkpoint.every_steps=1", "algorithm.num_minibatches=2",
+)  # fmt: skip
+
+
+def events(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line)["metrics"] for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_grpo_with_all_that_it_can_have(tiny_run, tmp_path):
+    source, _ = tiny_run
+    world = source / "world"
+    done = rayllm(
+        "ppo", f"run_dir={tmp_path}", f"model={source / 'sft/model'}", f"prompts={world / 'prompts_train.parquet'}",
+        *SMALL, "samples_per_prompt=3", "reward.source=gold", "algorithm.advantage=grpo", "algorithm.kl_in=loss",
+        "algorithm.kl_estimator=k3", "algorithm.kl_target=0.5", "algorithm.off_policy=token",
+        "shaping.normalize=running", "shaping.resample_rounds=1", "algorithm.entropy_coef=0.001",
+        f"ptx.documents={world / 'documents.parquet'}", f"eval.documents={world / 'heldout_documents.parquet'}",
+        "reference.update_every=1", "reference.ema=0.5",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    start, *steps = events(tmp_path)
+    assert start["eval/bits_per_byte"] > 0 and len(steps) == 2
+    for metrics in steps:
+        assert metrics["loss/ptx"] > 0 and metrics["objective/kl_coef"] > 0
+        assert "loss/value" not in metrics and metrics["rollout/logprob_mismatch"] < 1e-3
+    assert not (tmp_path / "critic").exists()
+    assert (tmp_path / "checkpoints/step-000002/reference/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("advantage", ["gae", "remax"])
+def test_an_environment_teaches_without_a_file_of_prompts(tiny_run, tmp_path, advantage):
+    source, _ = tiny_run
+    done = rayllm(
+        "ppo", f"run_dir={tmp_path}", f"model={source / 'sft/model'}", *SMALL, "reward.source=environment",
+        "environment.name=guess_number", "environment.max_turns=2", f"algorithm.advantage={advantage}",
+    )  # fmt: skip
+    if advantage == "remax":
+        assert done.returncode == 2 and "environment" in done.stdout
+        return
+    assert done.returncode == 0, done.stdout
+    assert len(events(tmp_path)) == 3 and (tmp_path / "critic/model.safetensors").is_file()
