@@ -13,7 +13,7 @@ import torch
 from actors.learner import LearnerActor
 from actors.scoring import mean_nats, per_token
 from actors.weights import pack
-from rayllm.algorithms.advantages import ADVANTAGES, masked_moments, whiten
+from rayllm.algorithms.advantages import masked_moments, whiten
 from rayllm.algorithms.kl import kl_estimate
 from rayllm.algorithms.logprobs import token_entropy, token_logprobs
 from rayllm.algorithms.losses import aggregate, language_model_loss, policy_loss
@@ -44,7 +44,7 @@ class PolicyActor(LearnerActor):
             ptx_tokens: the pretraining text to mix in, as ``tokenize_documents`` saved it.
         """
         super().__init__(rank=rank, world_size=world_size, config=config, role=config.policy)
-        self.estimator = ADVANTAGES[config.algorithm.advantage]
+        self.estimator = config.algorithm.estimator
         self.ptx: PackedRows | None = None
         if ptx_tokens is not None:
             tokens = np.load(ptx_tokens, mmap_mode="r")

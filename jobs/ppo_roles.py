@@ -15,7 +15,6 @@ from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.reward import EnvironmentRewardActor, GoldRewardActor, RewardActor
 from actors.rollout import RolloutActor
-from rayllm.algorithms.advantages import ADVANTAGES
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.report.run import Run
@@ -102,7 +101,7 @@ class Roles:
 
     def greedy_rewards(self, shards: list[Any], step: int) -> list[Any]:
         """The reward of the greedy response to every row's prompt (ReMax); None each where nobody asks for it."""
-        if not ADVANTAGES[self.config.algorithm.advantage].needs_greedy_baseline:
+        if not self.config.algorithm.estimator.needs_greedy_baseline:
             return [None] * len(shards)
         greedy = self.rollout.map(RolloutActor.greedy, shards, step=step)
         return self.reward.map(RewardActor.rewards, greedy)
@@ -157,7 +156,7 @@ class Roles:
 
 
 def needs_critic(config: PPOConfig) -> bool:
-    return ADVANTAGES[config.algorithm.advantage].needs_critic
+    return config.algorithm.estimator.needs_critic
 
 
 def needs_ref_logprobs(config: PPOConfig) -> bool:

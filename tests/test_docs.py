@@ -6,7 +6,10 @@ import re
 import shlex
 from pathlib import Path
 
+import torch
+
 from jobs.cli import COMMANDS, parse
+from rayllm.algorithms import advantages
 from rayllm.config.base import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +22,7 @@ RUN_BY = {
     ".venv/bin/rayllm serve model=runs/quickstart/ppo/model": ".ci/run",
     ".venv/bin/rayllm chat": ".ci/run",
     ".venv/bin/rayllm sft run_dir=runs/mine": ".ci/run",
+    ".venv/bin/rayllm ppo --config runs/quickstart/ppo/config.yaml --config jobs/configs/grpo.yaml": ".ci/run",
     "ray job submit --address http://HEAD:8265": "tests/jobs/test_pipeline.py",
     "rayllm sft --config my-sft.yaml --address": "tests/jobs/test_pipeline.py",
 }
@@ -49,7 +53,7 @@ def test_rayllm_commands_of_the_docs_have_known_keys(tmp_path):
             continue
         name, *arguments = words[1:]
         parsed = parse(name, arguments)
-        if parsed.config is None:
+        if not parsed.config:
             load_config(COMMANDS[name].config_class(), None, parsed.overrides)
 
 
@@ -66,3 +70,15 @@ def test_the_tree_names_every_file():
 def test_every_command_has_its_row():
     for name in COMMANDS:
         assert f"`rayllm {name}`" in README, name
+
+
+def test_the_worked_example_of_contributing_works():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
+    registry: dict[str, advantages.Advantage] = {}
+    exec(code, {**vars(advantages), "ADVANTAGES": registry})
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 2.0], [float("nan"), 7.0]])
+    mask = torch.tensor([[True, True]] * 3 + [[False, True]])
+    found, _ = registry["best_other"](
+        rewards, mask, prompt_ids=torch.tensor([5, 5, 5, 6]), gamma=1.0, gae_lambda=1.0
+    )
+    assert found.tolist() == [[-2.0, -2.0], [1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]]  # 6 has no other response

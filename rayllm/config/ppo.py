@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rayllm.config.base import Config
 from rayllm.config.common import CheckpointConfig, JobConfig, LearnerConfig, OptimizerConfig
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.label import RolloutConfig
 
+if TYPE_CHECKING:
+    from rayllm.algorithms.advantages import Advantage
+
 PROMPTS_HELP = "Prompts to learn on: Parquet or JSONL with a `prompt` column."
-GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_baseline")
-"""They compare the responses to one prompt."""
 
 
 class ActorsConfig(Config):
@@ -72,9 +73,7 @@ class RewardActorsConfig(ActorsConfig):
 class AlgorithmConfig(Config):
     """What is computed from a step's responses. The defaults are PPO as in InstructGPT (Ouyang et al. 2022)."""
 
-    advantage: Literal[
-        "gae", "grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_baseline", "remax"
-    ] = "gae"
+    advantage: str = "gae"
     """How much better a token was than expected: by the critic (`gae`), by the other responses to its prompt (`grpo`,
     `dr_grpo`, `rloo`, `reinforce_baseline`), by the batch (`reinforce_pp`) or by the greedy response (`remax`)."""
 
@@ -84,7 +83,7 @@ class AlgorithmConfig(Config):
     gae_lambda: float = Field(0.95, ge=0, le=1)
     """Bias against variance of `gae` (Schulman et al. 2015)."""
 
-    policy_loss: Literal["ppo", "gspo", "cispo"] = "ppo"
+    policy_loss: str = "ppo"
     """`ppo` clips each token's probability ratio, `gspo` that of the whole response, `cispo` the ratio as a weight."""
 
     clip_range: float = Field(0.2, ge=0, le=1)
@@ -136,6 +135,25 @@ class AlgorithmConfig(Config):
 
     num_minibatches: int = Field(3, ge=1)
     """Optimizer steps per pass."""
+
+    @property
+    def estimator(self) -> Advantage:
+        """The entry of the registry that `advantage` names."""
+        from rayllm.algorithms.advantages import ADVANTAGES
+
+        return ADVANTAGES[self.advantage]
+
+    @field_validator("advantage", "policy_loss")
+    @classmethod
+    def _is_registered(cls, name: str, info: ValidationInfo) -> str:
+        """The registries say what there is, so that a new estimator or loss touches one file."""
+        from rayllm.algorithms.advantages import ADVANTAGES
+        from rayllm.algorithms.losses import POLICY_KINDS
+
+        known = tuple(ADVANTAGES) if info.field_name == "advantage" else POLICY_KINDS
+        if name not in known:
+            raise ValueError(f"{name!r} is not known; known: {', '.join(known)}")
+        return name
 
 
 class ShapingConfig(Config):
@@ -240,7 +258,7 @@ class PPOConfig(JobConfig):
     def learner_ranks(self) -> dict[str, int]:
         """Role -> number of ranks, of the roles that learn in this run."""
         ranks = {"policy": self.policy.num_actors}
-        return ranks | ({"critic": self.critic.num_actors} if self.algorithm.advantage == "gae" else {})
+        return ranks | ({"critic": self.critic.num_actors} if self.algorithm.estimator.needs_critic else {})
 
     @property
     def num_shards(self) -> int:
@@ -280,14 +298,17 @@ class PPOConfig(JobConfig):
             raise ValueError("prompts: required but not given. " + PROMPTS_HELP)
         if self.reward.source == "environment" and self.environment.name is None:
             raise ValueError("reward.source=environment: no environment.name given")
-        if self.environment.name is not None and self.algorithm.advantage == "remax":
-            raise ValueError("algorithm.advantage=remax compares with one greedy response: not with an environment")
+        if self.environment.name is not None and self.algorithm.estimator.needs_greedy_baseline:
+            raise ValueError(
+                f"algorithm.advantage={self.algorithm.advantage} compares with one greedy response; an environment "
+                "has whole conversations: use another one"
+            )
         if self.environment.name is not None and self.shaping.normalize != "none":
             raise ValueError(
                 f"shaping.normalize={self.shaping.normalize} would move the scale of an environment's turns; set none"
             )
         groups = {
-            f"algorithm.advantage={self.algorithm.advantage}": self.algorithm.advantage in GROUP_ADVANTAGES,
+            f"algorithm.advantage={self.algorithm.advantage}": self.algorithm.estimator.needs_groups,
             "shaping.normalize=group": self.shaping.normalize == "group",
             "shaping.resample_rounds": self.shaping.resample_rounds > 0,
         }
