@@ -36,12 +36,12 @@ from rayllm.world.prompts import Prompt
 
 _ANSWER_STYLES = {
     "polite": 0.35,
-    "plain": 0.25,
+    "plain": 0.28,
     "curt": 0.08,
     "rude": 0.12,
     "wrong": 0.07,
     "ramble": 0.07,
-    "overcautious": 0.06,
+    "overcautious": 0.03,
 }
 STYLES = {
     "fact": _ANSWER_STYLES,
