@@ -7,11 +7,10 @@ from functools import partial
 import torch
 
 from actors.learner import LearnerActor
-from actors.scoring import per_token
 from rayllm.algorithms.losses import value_loss
 from rayllm.algorithms.metrics import explained_variance
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.experience import Experience
+from rayllm.data.experience import Experience, concat
 from rayllm.models.engine import Engine
 from rayllm.models.heads import ScalarModel, token_values
 
@@ -30,23 +29,22 @@ class CriticActor(LearnerActor):
 
     def values(self, shard: Experience) -> torch.Tensor:
         """(B, T) value before each token."""
-        self.engine.train(False)
-        return per_token(shard, self.role.micro_batch_size, self.engine.device, self._values)
+        return self.score(shard, self._values)
 
     def update(self, *shards: Experience, step: int) -> dict[str, float]:
         """Regress on the returns; returns metrics."""
-        experience = self.joined(shards)
-        variance = explained_variance(experience.values, experience.returns, experience.action_mask)
-        losses = []
+        experience, step_experience = self.joined(shards), concat(list(shards))
+        variance = explained_variance(
+            step_experience.values, step_experience.returns, step_experience.action_mask
+        )
+        stats = []
         for batch in self.minibatches(experience, step):
             tokens = self.global_tokens(batch)
-            stats = self.engine.update(
-                batch, partial(self._loss, tokens=tokens), learning_rate=self.learning_rate(step)
-            )
-            losses.append(stats.loss)
+            loss = partial(self._loss, tokens=tokens)
+            stats.append(self.engine.update(batch, loss, learning_rate=self.learning_rate(step)))
         return {
-            "loss/value": self.engine.sum_over_ranks(sum(losses)) / len(losses),
-            "value/explained_variance": self.engine.sum_over_ranks(float(variance)) / self.world_size,
+            **self.update_metrics("loss/value", "critic", stats),
+            "value/explained_variance": float(variance),
         }
 
     def _loss(self, part: Experience, tokens: float) -> torch.Tensor:

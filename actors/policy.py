@@ -10,7 +10,6 @@ import ray
 import torch
 
 from actors.learner import LearnerActor
-from actors.scoring import per_token
 from actors.weights import pack
 from rayllm.algorithms.advantages import gae, masked_moments, whiten
 from rayllm.algorithms.kl import kl_estimate
@@ -37,8 +36,12 @@ class PolicyActor(LearnerActor):
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats under the weights before this step's update, at the sampling temperature."""
-        self.engine.train(False)
-        return per_token(shard, self.role.micro_batch_size, self.engine.device, self._logprobs)
+        return self.score(shard, self._logprobs)
+
+    def ref_logprobs(self, shard: Experience) -> torch.Tensor:
+        """(B, T) nats under the start policy, which is this one with its adapters switched off (LoRA only)."""
+        with self.engine.reference():
+            return self.score(shard, self._logprobs)
 
     def experience(
         self,
@@ -84,23 +87,14 @@ class PolicyActor(LearnerActor):
         return {**metrics, **self._optimize(experience, step)}
 
     def _optimize(self, experience: Experience, step: int) -> dict[str, float]:
-        losses: list[float] = []
-        norms: list[float] = []
+        stats = []
         sums = {"policy/clipfrac": (0.0, 0.0), "policy/approx_kl": (0.0, 0.0)}
         learning_rate = self.learning_rate(step)
         for batch in self.minibatches(experience, step):
             tokens = self.global_tokens(batch)
-            stats = self.engine.update(
-                batch, partial(self._loss, tokens=tokens, sums=sums), learning_rate=learning_rate
-            )
-            losses.append(stats.loss)
-            norms.append(stats.grad_norm)
-        return {
-            "loss/policy": self.engine.sum_over_ranks(sum(losses)) / len(losses),
-            "policy/grad_norm": sum(norms) / len(norms),
-            "policy/lr": learning_rate,
-            **self.mean_over_ranks(sums),
-        }
+            loss = partial(self._loss, tokens=tokens, sums=sums)
+            stats.append(self.engine.update(batch, loss, learning_rate=learning_rate))
+        return {**self.update_metrics("loss/policy", "policy", stats), **self.mean_over_ranks(sums)}
 
     def _loss(self, part: Experience, tokens: float, sums: dict[str, tuple[float, float]]) -> torch.Tensor:
         part = part.to(self.engine.device)
@@ -150,6 +144,7 @@ class PolicyActor(LearnerActor):
     def export(self, folder: str) -> None:
         """Write the model folder (rank 0; every rank must be called)."""
         weights: dict[str, Any] = self.engine.state_dict()
+        self.engine.save_adapter(Path(folder) / "adapter")
         if self.rank == 0:
             tokenizer = load_tokenizer(self.config.model)
             save_model(self.engine.module, tokenizer, Path(folder), state_dict=weights)

@@ -35,6 +35,7 @@ from rayllm.data.rollout import collate
 from rayllm.errors import InputError
 from rayllm.models.checkpoint import Checkpoints
 from rayllm.models.loading import check_model_dir, count_stored_parameters, load_tokenizer, max_positions
+from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done, print_preamble
 from rayllm.world.summary import summarize
@@ -57,8 +58,8 @@ def train(roles: Roles, prompts: PromptShards, config: PPOConfig, watch: Watch, 
             with watch.timed("time/score"):
                 wait(experience)
             with watch.timed("time/update"):
-                policy_update = roles.policy.call_sharded(PolicyActor.update, experience, step=step)
-                critic_update = roles.critic.call_sharded(CriticActor.update, experience, step=step)
+                policy_update = roles.policy.submit(PolicyActor.update, *experience, step=step)
+                critic_update = roles.critic.submit(CriticActor.update, *experience, step=step)
                 metrics = collect(policy_update, "policy")[0] | collect(critic_update, "critic")[0]
             check_mismatch(metrics, config)
             with watch.timed("time/sync"):
@@ -252,10 +253,14 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     with job:
         tokenizer = load_tokenizer(config.model)
         prompts, held_out = read_data(job, config, tokenizer)
+        trained = {
+            "policy": plan_trained(config.model, config.policy.learner),
+            "critic": plan_trained(config.reward_model, config.critic.learner, scalar=True),
+        }
         with ray_session(job.logs_dir, verbose=verbose):
             needs = Roles.needs(config)
             check_capacity(needs)
-            print_preamble(console, job, placement=describe(needs))
+            print_preamble(console, job, placement=describe(needs), trained=trained)
             with Progress(console, "ppo", config.num_steps) as progress:
                 progress.status("starting policy, critic, reference, reward and vLLM actors")
                 roles = Roles.start(config, prompts)
