@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 
 from actors.learner import LearnerActor
-from actors.scoring import per_token
 from rayllm.algorithms.losses import value_loss
 from rayllm.algorithms.metrics import explained_variance
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.experience import Experience
+from rayllm.data.experience import Experience, concat
 from rayllm.models.engine import Engine
 from rayllm.models.heads import ScalarModel, token_values
 from rayllm.models.loading import is_sequence_classifier, load_tokenizer, save_model
@@ -27,29 +26,28 @@ class CriticActor(LearnerActor):
     def setup(self, address: tuple[str, int]) -> None:
         """Join the ranks and load the model."""
         self.join(address)
-        start = self.config.critic.model or self.config.reward_model or self.config.model
+        start = self.config.critic_start
         model = ScalarModel.from_folder(start, seed=None if is_sequence_classifier(start) else self.config.seed)
         self.engine = Engine(model, self.role.optimizer, self.role.learner)
 
     def values(self, shard: Experience) -> torch.Tensor:
         """(B, T) value before each token."""
-        self.engine.train(False)
-        return per_token(shard, self.role.micro_batch_size, self.engine.device, self._values)
+        return self.score(shard, self._values)
 
     def update(self, *shards: Experience, step: int) -> dict[str, float]:
         """Regress on the returns; returns metrics."""
-        experience = self.joined(shards)
-        variance = explained_variance(experience.values, experience.returns, experience.action_mask)
-        losses = []
+        experience, step_experience = self.joined(shards), concat(list(shards))
+        variance = explained_variance(
+            step_experience.values, step_experience.returns, step_experience.action_mask
+        )
+        stats = []
         for batch in self.minibatches(experience, step):
             tokens = self.global_tokens(batch)
-            stats = self.engine.update(
-                batch, partial(self._loss, tokens=tokens), learning_rate=self.learning_rate(step)
-            )
-            losses.append(stats.loss)
+            loss = partial(self._loss, tokens=tokens)
+            stats.append(self.engine.update(batch, loss, learning_rate=self.learning_rate(step)))
         return {
-            "loss/value": self.engine.sum_over_ranks(sum(losses)) / len(losses),
-            "value/explained_variance": self.engine.sum_over_ranks(float(variance)) / self.world_size,
+            **self.update_metrics("loss/value", "critic", stats),
+            "value/explained_variance": float(variance),
         }
 
     def export(self, folder: str) -> None:

@@ -62,23 +62,12 @@ class ActorGroup(Generic[ActorT]):
         return collect(self.submit(method, *args, **kwargs), self.role.name)
 
     def map(self, method: Callable[..., Any], *columns: Sequence[Any], **kwargs: Any) -> list[Any]:
-        """Start ``method`` on row i of ``columns`` for every i; rank r gets the rows that `mine` gives it.
-        Returns object references in order of the rows."""
+        """Start ``method`` on row i of ``columns`` for every i, in turn on every rank; returns object references in
+        order of the rows."""
         rows = list(zip(*columns, strict=True))
         return [
             getattr(self._actors[i % len(self._actors)], method.__name__).remote(*row, **kwargs)
             for i, row in enumerate(rows)
-        ]
-
-    def mine(self, rows: Sequence[Any], rank: int) -> list[Any]:
-        """Rows that `map` gives to ``rank``."""
-        return list(rows[rank :: len(self._actors)])
-
-    def call_sharded(self, method: Callable[..., Any], shards: Sequence[Any], **kwargs: Any) -> list[Any]:
-        """Start ``method`` on every rank with its own shards as positional arguments; returns references."""
-        return [
-            getattr(actor, method.__name__).remote(*self.mine(shards, rank), **kwargs)
-            for rank, actor in enumerate(self._actors)
         ]
 
     def stop(self) -> None:

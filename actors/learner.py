@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import ray
 import torch
 
 from actors.environment import backend, device_of
-from actors.scoring import micro_batches
+from actors.scoring import per_token_in_parts, select
 from rayllm.config.ppo import LearnerActorsConfig, PPOConfig
+from rayllm.data.balancing import balanced_partition, micro_batches_by_tokens, with_num_parts
 from rayllm.data.experience import Experience, concat
-from rayllm.models.engine import Engine, init_distributed
+from rayllm.models.engine import Engine, UpdateStats, init_distributed
 
 
 class LearnerActor:
@@ -45,14 +46,53 @@ class LearnerActor:
         )
         init_distributed(backend(self.role.gpus_per_actor))
 
+    def joined(self, shards: Sequence[Experience]) -> Experience:
+        """This rank's rows of a step: every rank gets all shards and takes as many rows, and about as many tokens,
+        as the others.
+
+        Raises:
+            RuntimeError: called with a part of the step's shards; the others' rows would be trained on by no rank.
+        """
+        if len(shards) != self.config.num_shards:
+            raise RuntimeError(
+                f"expected all {self.config.num_shards} shards of the step on every rank, got {len(shards)}"
+            )
+        lengths = [length for shard in shards for length in _lengths(shard)]
+        mine = np.sort(balanced_partition(lengths, self.world_size)[self.rank])
+        starts = np.cumsum([0, *map(len, shards)])
+        parts = [mine[(mine >= a) & (mine < b)] - a for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return concat([shard[torch.from_numpy(rows)] for shard, rows in zip(shards, parts, strict=True)])
+
     def minibatches(self, experience: Experience, step: int) -> Iterator[list[Experience]]:
         """Every epoch's minibatches as lists of micro-batches; equal numbers on every rank."""
         algorithm = self.config.algorithm
+        lengths = _lengths(experience)
         for epoch in range(algorithm.num_epochs):
             rng = np.random.default_rng((self.config.seed, step, epoch, self.rank))
-            order = torch.from_numpy(rng.permutation(len(experience)))
-            for rows in order.tensor_split(algorithm.num_minibatches):
-                yield micro_batches(experience[rows], self.role.micro_batch_size)
+            order = rng.permutation(len(experience))
+            plans = [self._parts(rows.tolist(), lengths) for rows in np.array_split(order, algorithm.num_minibatches)]
+            for parts, num_parts in zip(plans, self._most([len(plan) for plan in plans]), strict=True):
+                yield [select(experience, rows) for rows in with_num_parts(parts, num_parts)]
+
+    def score(self, shard: Experience, forward: Callable[[Experience], torch.Tensor]) -> torch.Tensor:
+        """(B, T) float32 on the CPU: ``forward`` in evaluation mode, in micro-batches."""
+        self.engine.train(False)
+        parts = self._parts(range(len(shard)), _lengths(shard))
+        if self.role.learner.zero_stage == 3:  # a pass gathers weights from all ranks: all must make as many
+            parts = with_num_parts(parts, self._most([len(parts)])[0])
+        return per_token_in_parts(shard, parts, self.engine.device, forward)
+
+    def _parts(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """``rows`` cut into micro-batches, by padded tokens or by rows."""
+        if self.role.micro_batch_tokens is None:
+            size = self.role.micro_batch_size
+            return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+        parts = micro_batches_by_tokens([lengths[row] for row in rows], self.role.micro_batch_tokens)
+        return [[rows[i] for i in part] for part in parts]
+
+    def _most(self, counts: list[int]) -> list[int]:
+        """The largest of each count over the ranks."""
+        return self.engine.max_tensor(torch.tensor(counts)).tolist()
 
     def global_tokens(self, batch: list[Experience]) -> float:
         """Action tokens of a minibatch over all ranks: what losses are divided by."""
@@ -61,6 +101,16 @@ class LearnerActor:
     def learning_rate(self, step: int) -> float:
         """The step's rate; warm-up steps of the critic do not count for the policy's schedule."""
         return self.role.optimizer.learning_rate_at(step, self.config.num_steps)
+
+    def update_metrics(self, loss_name: str, name: str, stats: Sequence[UpdateStats]) -> dict[str, float]:
+        """Means over the optimizer steps that were made, and the number of those that were not."""
+        metrics = {f"{name}/skipped_steps": float(sum(s.skipped for s in stats))}
+        made = [s for s in stats if not s.skipped]
+        if made:
+            metrics[loss_name] = self.engine.sum_over_ranks(sum(s.loss for s in made)) / len(made)
+            metrics[f"{name}/grad_norm"] = sum(s.grad_norm for s in made) / len(made)
+            metrics[f"{name}/lr"] = made[-1].learning_rate
+        return metrics
 
     def mean_over_ranks(self, sums: dict[str, tuple[float, float]]) -> dict[str, float]:
         """name -> (sum, count) on this rank; returns name -> global mean."""
@@ -77,6 +127,7 @@ class LearnerActor:
         """Continue from a checkpoint; returns its state."""
         return self.engine.load(Path(folder))
 
-    @staticmethod
-    def joined(shards: tuple[Experience, ...]) -> Experience:
-        return concat(list(shards))
+
+def _lengths(experience: Experience) -> list[int]:
+    """Tokens of each row."""
+    return experience.attention_mask.sum(1).tolist()

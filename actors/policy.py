@@ -11,7 +11,7 @@ import ray
 import torch
 
 from actors.learner import LearnerActor
-from actors.scoring import mean_nats, per_token
+from actors.scoring import mean_nats
 from actors.weights import pack
 from rayllm.algorithms.advantages import masked_moments, whiten
 from rayllm.algorithms.kl import kl_estimate
@@ -58,8 +58,12 @@ class PolicyActor(LearnerActor):
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats under the weights before this step's update, at the sampling temperature."""
-        self.engine.train(False)
-        return per_token(shard, self.role.micro_batch_size, self.engine.device, self._logprobs)
+        return self.score(shard, self._logprobs)
+
+    def ref_logprobs(self, shard: Experience) -> torch.Tensor:
+        """(B, T) nats under the start policy, which is this one with its adapters switched off (LoRA only)."""
+        with self.engine.reference():
+            return self.score(shard, self._logprobs)
 
     def experience(
         self,
@@ -150,23 +154,15 @@ class PolicyActor(LearnerActor):
         return {**metrics, **self._optimize(experience, step, kl_coef)}
 
     def _optimize(self, experience: Experience, step: int, kl_coef: float) -> dict[str, float]:
-        losses: list[float] = []
-        norms: list[float] = []
+        stats = []
         sums: dict[str, tuple[float, float]] = {}
         learning_rate = self.learning_rate(step)
         algorithm = self.config.algorithm
         for index, batch in enumerate(self.minibatches(experience, step)):
             text = self._ptx_batches(step * algorithm.num_epochs * algorithm.num_minibatches + index)
             loss = partial(self._loss, normalizer=self._normalizer(batch), kl_coef=kl_coef, sums=sums)
-            stats = self.engine.update([*batch, *text], loss, learning_rate=learning_rate)
-            losses.append(stats.loss)
-            norms.append(stats.grad_norm)
-        return {
-            "loss/policy": self.engine.sum_over_ranks(sum(losses)) / len(losses),
-            "policy/grad_norm": sum(norms) / len(norms),
-            "policy/lr": learning_rate,
-            **self.mean_over_ranks(sums),
-        }
+            stats.append(self.engine.update([*batch, *text], loss, learning_rate=learning_rate))
+        return {**self.update_metrics("loss/policy", "policy", stats), **self.mean_over_ranks(sums)}
 
     def _loss(
         self,
@@ -209,7 +205,7 @@ class PolicyActor(LearnerActor):
         aggregation = self.config.algorithm.aggregation
         if aggregation == "token_mean":
             return self.global_tokens(batch)
-        rows = self.engine.sum_over_ranks(float(sum(len(part) for part in batch)))
+        rows = self.engine.sum_over_ranks(float(sum(int(part.action_mask.any(1).sum()) for part in batch)))
         return rows * self.config.rollout.max_new_tokens if aggregation == "constant" else rows
 
     def _ptx_batches(self, update: int) -> list[torch.Tensor]:
@@ -270,6 +266,7 @@ class PolicyActor(LearnerActor):
     def export(self, folder: str) -> None:
         """Write the model folder (rank 0; every rank must be called)."""
         weights: dict[str, Any] = self.engine.state_dict()
+        self.engine.save_adapter(Path(folder) / "adapter")
         if self.rank == 0:
             tokenizer = load_tokenizer(self.config.model)
             save_model(self.engine.module, tokenizer, Path(folder), state_dict=weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,17 +17,43 @@ def micro_batches(experience: Experience, size: int) -> list[Experience]:
     return [part.trimmed() for part in parts]
 
 
-@torch.no_grad()
+def select(experience: Experience, rows: Sequence[int]) -> Experience:
+    """These rows as a micro-batch; for no rows one that weighs nothing, as no token of it is an action."""
+    if rows:
+        return experience[torch.tensor(rows)].trimmed()
+    idle = experience[:1].trimmed()
+    return idle.replace(action_mask=torch.zeros_like(idle.action_mask))
+
+
 def per_token(
     experience: Experience, size: int, device: torch.device, forward: Callable[[Experience], torch.Tensor]
 ) -> torch.Tensor:
-    """(B, T) float32 on the CPU: ``forward`` of every micro-batch, put back to full width."""
-    width = experience.sequences.shape[1]
-    parts = []
-    for part in micro_batches(experience, size):
-        values = forward(part.to(device)).float().cpu()
-        parts.append(torch.nn.functional.pad(values, (0, width - values.shape[1])))
-    return torch.cat(parts)
+    """(B, T) float32 on the CPU: ``forward`` of at most ``size`` rows at a time, put back to full width."""
+    rows = range(len(experience))
+    return per_token_in_parts(experience, [rows[i : i + size] for i in rows[::size]], device, forward)
+
+
+@torch.no_grad()
+def per_token_in_parts(
+    experience: Experience,
+    parts: Sequence[Sequence[int]],
+    device: torch.device,
+    forward: Callable[[Experience], torch.Tensor],
+) -> torch.Tensor:
+    """(B, T) float32 on the CPU: ``forward`` of each part's rows, put back to their places.
+
+    Args:
+        experience: B rows.
+        parts: every row in one of them; an empty part is computed on and thrown away (a rank that only keeps pace).
+        device: of the model.
+        forward: micro-batch -> a value for each of its tokens.
+    """
+    result = torch.zeros(experience.sequences.shape)
+    for rows in parts:
+        values = forward(select(experience, rows).to(device)).float().cpu()
+        if rows:
+            result[torch.tensor(rows), : values.shape[1]] = values
+    return result
 
 
 @torch.no_grad()

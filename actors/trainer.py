@@ -161,9 +161,11 @@ def _train_worker(settings: dict[str, Any]) -> None:
             loop.evaluate(step + 1)
         if (step + 1) % task.config.checkpoint.every_steps == 0 or step + 1 == task.num_steps:
             _save_checkpoint(engine, step + 1)
+    model_dir = Path(settings["run_dir"]) / "model"
     weights = engine.state_dict()
+    engine.save_adapter(model_dir / "adapter")
     if rank == 0:
-        task.save(engine.module, weights, Path(settings["run_dir"]) / "model")
+        task.save(engine.module, weights, model_dir)
 
 
 def _save_checkpoint(engine: Engine, step: int) -> None:
@@ -193,7 +195,7 @@ class _Loop:
     ) -> None:
         self.task, self.engine, self.mailbox = task, engine, mailbox
         self.rank, self.world_size = rank, world_size
-        self._tokens = 0
+        self._tokens = self._skipped = 0
         self._logged_at = time.monotonic()
 
     def step(self, step: int) -> None:
@@ -203,19 +205,20 @@ class _Loop:
         stats = self.engine.update(
             micro_batches, lambda batch: self.task.loss(self.engine, batch), learning_rate=learning_rate
         )
+        self._skipped += stats.skipped
         self._tokens += sum(self.task.num_tokens(batch) for batch in micro_batches)
         loss, tokens = self.engine.sum_tensor(torch.tensor([stats.loss, self._tokens], dtype=torch.float64)).tolist()
         seconds = time.monotonic() - self._logged_at
         if self.mailbox is not None and (seconds > self.LOG_EVERY_SECONDS or step + 1 == self.task.num_steps):
-            self.push(
-                step + 1,
-                {
-                    "train/loss": loss,
-                    "train/lr": stats.learning_rate,
-                    "train/grad_norm": stats.grad_norm,
-                    "perf/tokens_per_second": tokens / seconds,
-                },
-            )
+            metrics = {
+                "train/lr": stats.learning_rate,
+                "perf/tokens_per_second": tokens / seconds,
+            }
+            if self._skipped:
+                metrics["train/skipped_steps"] = float(self._skipped)
+            if not stats.skipped:
+                metrics |= {"train/loss": loss, "train/grad_norm": stats.grad_norm}
+            self.push(step + 1, metrics)
         if seconds > self.LOG_EVERY_SECONDS:
             self._tokens, self._logged_at = 0, time.monotonic()
 

@@ -31,6 +31,7 @@ from rayllm.data.text import tokenize_documents
 from rayllm.environments.loading import load_environment, make_prompts
 from rayllm.errors import InputError
 from rayllm.models.loading import check_model_dir, count_stored_parameters, load_tokenizer, max_positions
+from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done, print_preamble
 
@@ -125,10 +126,13 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     with job:
         tokenizer = load_tokenizer(config.model)
         prompts, held_out = read_data(job, config, tokenizer)
+        trained = {"policy": plan_trained(config.model, config.policy.learner)}
+        if "critic" in config.learner_ranks:
+            trained["critic"] = plan_trained(config.critic_start, config.critic.learner, scalar=True)
         with ray_session(job.logs_dir, verbose=verbose):
             needs = Roles.needs(config)
             check_capacity(needs)
-            print_preamble(console, job, placement=describe(needs))
+            print_preamble(console, job, placement=describe(needs), trained=trained)
             with Progress(console, "ppo", config.num_steps) as progress:
                 progress.status(f"starting {', '.join(role.name for role in needs)}")
                 roles = Roles.start(config, prompts, ptx_tokens=job.dir / "ptx.npy")

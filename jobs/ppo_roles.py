@@ -93,6 +93,8 @@ class Roles:
         """Of every shard under the reference; None each without one."""
         if self.reference is not None:
             return self.reference.map(ReferenceActor.logprobs, shards)
+        if self.config.algorithm.kl_coef:
+            return self.policy.map(PolicyActor.ref_logprobs, shards)
         return [None] * len(shards)
 
     def values(self, shards: list[Any]) -> list[Any]:
@@ -108,10 +110,10 @@ class Roles:
 
     def update(self, experience: list[Any], *, step: int, kl_coef: float) -> dict[str, float]:
         """Policy and critic learn side by side; returns their metrics."""
-        policy = self.policy.call_sharded(PolicyActor.update, experience, step=step, kl_coef=kl_coef)
+        policy = self.policy.submit(PolicyActor.update, *experience, step=step, kl_coef=kl_coef)
         critic = []
         if self.critic is not None:
-            critic = self.critic.call_sharded(CriticActor.update, experience, step=step)
+            critic = self.critic.submit(CriticActor.update, *experience, step=step)
         metrics: dict[str, float] = collect(policy, "policy")[0]
         return metrics | (collect(critic, "critic")[0] if critic else {})
 
@@ -159,13 +161,9 @@ def needs_critic(config: PPOConfig) -> bool:
     return config.algorithm.estimator.needs_critic
 
 
-def needs_ref_logprobs(config: PPOConfig) -> bool:
-    return config.algorithm.kl_coef > 0
-
-
 def needs_reference(config: PPOConfig) -> bool:
-    """A model of its own: with LoRA the policy without its adapter is the reference."""
-    return needs_ref_logprobs(config)
+    """A model of its own: with LoRA the policy without its adapters is the reference."""
+    return config.algorithm.kl_coef > 0 and config.policy.learner.lora.rank is None
 
 
 def _start_reward(config: PPOConfig, role: Role, prompts: PromptData) -> ActorGroup[Any]:

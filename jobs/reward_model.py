@@ -24,6 +24,7 @@ from rayllm.errors import InputError
 from rayllm.models.engine import Engine
 from rayllm.models.heads import ScalarModel, sequence_rewards
 from rayllm.models.loading import check_model_dir, load_tokenizer, save_model
+from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 from rayllm.report.terminal import mark_example, print_preamble
 
@@ -161,7 +162,13 @@ def run(loaded: Loaded[RewardModelConfig], console: Console, *, verbose: bool = 
         task = RewardModelTask(config, rankings, heldout, int(tokenizer.pad_token_id), num_steps)
         best = rankings[0].sequences[rankings[0].ranks.index(min(rankings[0].ranks))]
         scored = [index == len(best) - 1 for index in range(len(best))]
-        print_preamble(console, job, example=mark_example(tokenizer, best, scored), placement=placement(config))
+        print_preamble(
+            console,
+            job,
+            example=mark_example(tokenizer, best, scored),
+            placement=placement(config),
+            trained={"model": plan_trained(config.model, config.learner, scalar=True)},
+        )
         train(job, task, console, verbose=verbose)
     return job
 

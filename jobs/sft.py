@@ -26,6 +26,7 @@ from rayllm.data.text import PackedRows, tokenize_documents
 from rayllm.errors import InputError
 from rayllm.models.engine import Engine
 from rayllm.models.loading import check_model_dir, load_causal_lm, load_tokenizer, save_model
+from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 from rayllm.report.terminal import mark_example, print_preamble
 
@@ -129,7 +130,11 @@ def run(loaded: Loaded[SftConfig], console: Console, *, verbose: bool = False) -
         task = prepare(job, config)
         shown = task.train[0]
         print_preamble(
-            console, job, example=mark_example(tokenizer, shown.token_ids, shown.loss_mask), placement=placement(config)
+            console,
+            job,
+            example=mark_example(tokenizer, shown.token_ids, shown.loss_mask),
+            placement=placement(config),
+            trained={"model": plan_trained(config.model, config.learner)},
         )
         train(job, task, console, verbose=verbose)
     return job

@@ -23,6 +23,11 @@ class JobConfig(Config):
 
 
 class OptimizerConfig(Config):
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` turns each weight matrix of the decoder blocks by an orthogonal step (Jordan et al. 2024), sized so that
+    a learning rate of AdamW fits (Liu et al. 2025); embeddings, norms and heads stay with AdamW. It needs whole
+    matrices: learner.zero_stage=0."""
+
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
 
@@ -36,7 +41,7 @@ class OptimizerConfig(Config):
     """Learning rate at the end, as a fraction of the peak (cosine and linear)."""
 
     weight_decay: float = Field(0.1, ge=0)
-    """AdamW weight decay, on matrices only (biases, norms and heads of one row are left out)."""
+    """Decoupled weight decay, on matrices only (biases, norms and heads of one row are left out)."""
 
     beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW decay of the gradient mean."""
@@ -60,6 +65,23 @@ class OptimizerConfig(Config):
         return self.learning_rate * (self.final_ratio + (1 - self.final_ratio) * falling)
 
 
+class LoraConfig(Config):
+    """Low-rank adapters (Hu et al. 2021) beside frozen weights, through peft; a critic's or reward model's head
+    trains in full."""
+
+    rank: int | None = Field(None, ge=1)
+    """Rank of the adapters, 4 to 64; null trains the weights themselves."""
+
+    alpha: int = Field(32, ge=1)
+    """Adapters are scaled by alpha / rank."""
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in front of the adapters. Above 0 the policy that is updated is not quite the one that sampled."""
+
+    target_modules: tuple[str, ...] | None = None
+    """Names of the linear layers that get an adapter, such as [q_proj, v_proj]; null: all in the decoder blocks."""
+
+
 class LearnerConfig(Config):
     """How DeepSpeed holds and trains a model."""
 
@@ -71,6 +93,46 @@ class LearnerConfig(Config):
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    offload_optimizer: bool = False
+    """Keep optimizer state and master weights in the memory of the host and step there; ZeRO 1 to 3."""
+
+    offload_parameters: bool = False
+    """Keep the weights in the memory of the host and bring each to the GPU when it is used; ZeRO-3 only."""
+
+    trainable_layers: int | None = Field(None, ge=1)
+    """Train the last so many decoder blocks and what follows them (norm, head), freeze the rest; null trains all."""
+
+    lora: LoraConfig = LoraConfig()
+
+    max_skipped_steps: int = Field(3, ge=0)
+    """Optimizer steps in a row that may be skipped because a loss or gradient was not finite; one more ends the
+    run."""
+
+    @model_validator(mode="after")
+    def _fits_zero_stage(self) -> LearnerConfig:
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters=true needs zero_stage=3, got {self.zero_stage}: only ZeRO-3 shards the weights"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer=true needs zero_stage=1, 2 or 3, got 0")
+        if self.trainable_layers is not None and self.lora.rank is not None:
+            raise ValueError(
+                f"trainable_layers={self.trainable_layers} and lora.rank={self.lora.rank} exclude each other: "
+                "adapters freeze all weights; set one of them to null"
+            )
+        return self
+
+
+def check_optimizer(optimizer: OptimizerConfig, learner: LearnerConfig) -> None:
+    """Raise ValueError when the optimizer cannot work on what the learner shards."""
+    if optimizer.name == "muon" and learner.zero_stage > 0:
+        raise ValueError(
+            f"optimizer.name=muon needs learner.zero_stage=0, got {learner.zero_stage}: sharded weights are no "
+            "matrices, and DeepSpeed's own Muon clips its orthogonal step as if it were a gradient; "
+            "set learner.zero_stage=0 or optimizer.name=adamw"
+        )
 
 
 class WorkersConfig(Config):
@@ -113,6 +175,11 @@ class TrainConfig(JobConfig):
     learner: LearnerConfig = LearnerConfig()
     workers: WorkersConfig = WorkersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> TrainConfig:
+        check_optimizer(self.optimizer, self.learner)
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> TrainConfig:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rayllm.config.base import Config
-from rayllm.config.common import CheckpointConfig, JobConfig, LearnerConfig, OptimizerConfig
+from rayllm.config.common import CheckpointConfig, JobConfig, LearnerConfig, OptimizerConfig, check_optimizer
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.label import RolloutConfig
 
@@ -37,10 +37,19 @@ class ActorsConfig(Config):
 class LearnerActorsConfig(ActorsConfig):
     """A trained role: DeepSpeed over its ranks."""
 
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Most tokens in one forward pass, padding included (rows x longest row); a longer row goes alone. When set,
+    passes are cut by it and not by micro_batch_size. Changes speed and memory, nothing else."""
+
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-4, schedule="linear", final_ratio=0.1, warmup_steps=0, weight_decay=0.0
     )
     learner: LearnerConfig = LearnerConfig()
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> LearnerActorsConfig:
+        check_optimizer(self.optimizer, self.learner)
+        return self
 
 
 class CriticConfig(LearnerActorsConfig):
@@ -253,6 +262,11 @@ class PPOConfig(JobConfig):
     rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
+
+    @property
+    def critic_start(self) -> Path:
+        """Folder that the critic starts from."""
+        return self.critic.model or self.reward_model or self.model
 
     @property
     def learner_ranks(self) -> dict[str, int]:

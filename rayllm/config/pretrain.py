@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rayllm.config.base import Config
 from rayllm.config.common import TrainConfig
@@ -65,3 +65,13 @@ class PretrainConfig(TrainConfig):
     """Tokens per row; documents are packed end to end."""
 
     model: ArchitectureConfig = ArchitectureConfig()
+
+    @model_validator(mode="after")
+    def _trains_all(self) -> PretrainConfig:
+        rank, layers = self.learner.lora.rank, self.learner.trainable_layers
+        if rank is not None or layers is not None:
+            raise ValueError(
+                f"learner.lora.rank={rank}, learner.trainable_layers={layers}: "
+                "pretraining starts from random weights and trains them all; set both to null"
+            )
+        return self

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,18 @@ import torch.distributed as dist
 
 from rayllm.config.common import LearnerConfig, OptimizerConfig
 from rayllm.models.loading import DTYPES
+from rayllm.models.optimizers import adamw_arguments, build_optimizer, parameter_groups
+from rayllm.models.partial import (
+    HEAD,
+    adapters,
+    adapters_off,
+    checkpoint_name,
+    choose_trained,
+    count_trainable,
+    is_adapter,
+    peft_name,
+    save_adapter,
+)
 
 Batch = TypeVar("Batch")
 
@@ -35,6 +48,9 @@ class UpdateStats:
     """Global norm before clipping."""
 
     learning_rate: float
+
+    skipped: bool
+    """The loss or a gradient was not finite on some rank: no rank changed weights or optimizer state."""
 
 
 def init_distributed(backend: str) -> None:
@@ -56,19 +72,22 @@ class Engine:
     """A module under training: forward, backward over micro-batches, optimizer step, checkpoints, full weights."""
 
     def __init__(self, module: torch.nn.Module, optimizer: OptimizerConfig, learner: LearnerConfig) -> None:
-        """Wrap ``module``; call `init_distributed` first."""
+        """Wrap ``module``; call `init_distributed` first.
+
+        Raises:
+            InputError: the config's part of the model to train does not exist in it.
+        """
         import deepspeed
 
+        choose_trained(module, learner)
+        self.num_trained, self.num_parameters = count_trainable(module)
         if learner.gradient_checkpointing:
             module.gradient_checkpointing_enable()  # type: ignore[operator]
         self._learner = learner
+        self._skipped_in_a_row = 0
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=torch.optim.AdamW(
-                _parameter_groups(module, optimizer.weight_decay),
-                lr=optimizer.learning_rate,
-                betas=(optimizer.beta1, optimizer.beta2),
-            ),
+            optimizer=_optimizer(module, optimizer, learner),
             config=_deepspeed_config(learner, optimizer),
         )
         self.world_size = dist.get_world_size()
@@ -93,31 +112,53 @@ class Engine:
     ) -> UpdateStats:
         """One optimizer step over all micro-batches.
 
+        When a loss or gradient is not finite on any rank, all ranks skip the step: weights and optimizer state stay
+        as they are to the bit.
+
         Raises:
-            RuntimeError: the loss or the gradient norm is not finite. The weights are then unchanged where
-                DeepSpeed skips such steps (ZeRO 1 to 3); the run must not go on in any case.
+            RuntimeError: more than ``learner.max_skipped_steps`` steps in a row were skipped.
         """
         self._engine.train()
-        total = 0.0
+        last = len(micro_batches) - 1
+        total, poison = 0.0, 1.0
         for index, micro_batch in enumerate(micro_batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            self._engine.set_gradient_accumulation_boundary(index == last)
             loss = loss_fn(micro_batch)
             total += loss.item()
-            self._engine.backward(loss * self.world_size)
-        if not math.isfinite(self.sum_over_ranks(total)):
-            raise RuntimeError(f"the loss is {total} on rank {self.rank}: stopped before the weights change")
+            if index == last and not math.isfinite(self.sum_over_ranks(total)):
+                poison = math.nan  # a loss that is not finite can have finite gradients
+            self._engine.backward(loss * (self.world_size * poison))
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        grad_norm = self._plain_grad_norm() if self._learner.zero_stage == 0 else None
-        self._engine.step()
-        if grad_norm is None:
-            grad_norm = _finite(float(self._engine.get_global_grad_norm()))
-        return UpdateStats(total, grad_norm, learning_rate)
+        grad_norm = self._step()
+        skipped = not math.isfinite(grad_norm)
+        assert skipped or poison == 1.0, "the poisoned loss reached no weight"
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row > self._learner.max_skipped_steps:
+            found = f"the loss is {total}" if math.isnan(poison) else f"the gradient norm is {grad_norm}"
+            raise RuntimeError(
+                f"{found} on rank {self.rank}: {self._skipped_in_a_row} optimizer steps in a row were skipped "
+                f"(learner.max_skipped_steps={self._learner.max_skipped_steps}); lower optimizer.learning_rate, "
+                "or look for the batch that does it"
+            )
+        return UpdateStats(total, grad_norm, learning_rate, skipped)
 
-    def _plain_grad_norm(self) -> float:
-        """Without ZeRO, DeepSpeed applies a gradient that is not finite and reports no norm: look before the step."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return _finite(float(torch.nn.utils.get_total_norm(gradients)))
+    def _step(self) -> float:
+        """Step, unless the global gradient norm is not finite; returns it (inf or nan: skipped)."""
+        if self._learner.zero_stage == 0:  # DeepSpeed would apply such a gradient, and it reports no norm
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+            grad_norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+            if not math.isfinite(grad_norm):
+                self._engine.optimizer.zero_grad()
+                self._engine.zero_grad()
+                return grad_norm
+            self._engine.step()
+            return grad_norm
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            return math.inf
+        return float(self._engine.get_global_grad_norm())
 
     def sum_over_ranks(self, value: float) -> float:
         """Sum of a number over all ranks; every rank must call it."""
@@ -130,23 +171,69 @@ class Engine:
             dist.all_reduce(values)
         return values.cpu()
 
+    def max_tensor(self, values: torch.Tensor) -> torch.Tensor:
+        """Largest over all ranks, element by element."""
+        if self.world_size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.cpu()
+
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight in full, one at a time, under its checkpoint name; tied weights once.
+        """Every weight in full, one at a time, under its checkpoint name; tied weights once, adapters merged.
 
         With ZeRO-3 each is gathered from all ranks, so every rank must iterate to the end.
         """
-        for name, parameter in self.module.named_parameters():
-            if self._learner.zero_stage < 3:
-                yield name, parameter.detach()
+        added = adapters(self.module)
+        for module_name, parameter in self.module.named_parameters():
+            if is_adapter(module_name):
                 continue
-            import deepspeed
+            name = checkpoint_name(module_name)
+            adapter = added.get(name)
+            parts = [parameter] if adapter is None else [parameter, adapter.a, adapter.b]
+            with self._gathered(parts):
+                whole = parameter.detach()
+                if adapter is not None:
+                    with torch.no_grad():
+                        whole = adapter.merged(whole)
+                yield name, whole.clone() if self._learner.zero_stage == 3 else whole
 
-            with deepspeed.zero.GatheredParameters([parameter]):
-                yield name, parameter.detach().clone()
+    def _gathered(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        if self._learner.zero_stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Full weights on the CPU; every rank must call it."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in self.named_tensors()}
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Context in which the model is the one it started from: adapters are switched off.
+
+        Raises:
+            RuntimeError: the weights themselves are trained.
+        """
+        if self._learner.lora.rank is None:
+            raise RuntimeError("no adapters to switch off: learner.lora.rank is null, the start weights are gone")
+        return adapters_off(self.module)
+
+    def adapter_state_dict(self) -> dict[str, torch.Tensor]:
+        """Adapters, and a scalar head trained with them, on the CPU under peft's names; every rank must call it."""
+        tensors = {}
+        for name, parameter in self.module.named_parameters():
+            if is_adapter(name) or (parameter.requires_grad and f".{HEAD}." in name):
+                with self._gathered([parameter]):
+                    tensors[peft_name(name)] = parameter.detach().to("cpu", copy=True)
+        return tensors
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter alone as a peft folder; nothing without LoRA. Every rank must call it."""
+        if self._learner.lora.rank is None:
+            return
+        tensors = self.adapter_state_dict()
+        if self.rank == 0:
+            save_adapter(self.module, tensors, folder)
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         """Write weights, optimizer and ``state`` (JSON) so that `load` continues exactly; every rank must call it."""
@@ -176,29 +263,39 @@ class Engine:
         return state
 
 
-def _finite(grad_norm: float) -> float:
-    if not math.isfinite(grad_norm):
-        raise RuntimeError(f"the gradient norm is {grad_norm}: stopped")
-    return grad_norm
+def _optimizer(
+    module: torch.nn.Module, config: OptimizerConfig, learner: LearnerConfig
+) -> torch.optim.Optimizer:
+    """On CUDA the fused kernels: torch's, or DeepSpeed's for the host when the state is offloaded."""
+    from deepspeed.accelerator import get_accelerator
+
+    cuda = get_accelerator().device_name() == "cuda"
+    if not (cuda and _offloaded(learner)):
+        return build_optimizer(module, config, fused=cuda)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    groups = parameter_groups(list(module.parameters()), config.weight_decay)
+    return DeepSpeedCPUAdam(groups, adamw_mode=True, **adamw_arguments(config))
 
 
-def _parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.dim() >= 2 and min(p.shape) > 1]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in parameters if id(p) not in chosen]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def _offloaded(learner: LearnerConfig) -> bool:
+    return learner.offload_optimizer or learner.offload_parameters
 
 
 def _deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": learner.zero_stage}
+    if _offloaded(learner):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if learner.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
         "train_micro_batch_size_per_gpu": 1,  # only for DeepSpeed's own counters: we normalise losses ourselves
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.max_grad_norm,
         "bf16": {"enabled": DTYPES[learner.dtype] is torch.bfloat16},
-        "zero_optimization": {"stage": learner.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # on CPU there is nothing to offload to
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

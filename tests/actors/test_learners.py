@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from actors.critic import CriticActor
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.reward import RewardActor, RewardSource
-from actors.weights import unpack
+from actors.weights import safetensors_shapes, unpack
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.rollout import Rollout, collate
@@ -41,8 +42,8 @@ def make_config(tmp_path, model, reward_model, *overrides) -> PPOConfig:
     return load_config(PPOConfig, None, [*keys, *overrides]).config
 
 
-def shards(num_shards: int, *, seed: int = 0):
-    """Random rollouts of several lengths; one was cut."""
+def shards(num_shards: int, *, seed: int = 0, rows: int = ROWS, backwards: bool = False, padding: int = 0):
+    """Random rollouts of several lengths; one was cut. ``rows`` of them, perhaps in another order or padded more."""
     rng = np.random.default_rng(seed)
     rollouts = []
     for row in range(ROWS):
@@ -57,12 +58,19 @@ def shards(num_shards: int, *, seed: int = 0):
                 policy_version=0,
             )
         )
-    size = ROWS // num_shards
-    return [collate(rollouts[i : i + size], pad_token_id=0) for i in range(0, ROWS, size)]
+    rollouts = rollouts[:rows][:: -1 if backwards else 1]
+    size = -(-rows // num_shards)
+    parts = [collate(rollouts[i : i + size], pad_token_id=0) for i in range(0, rows, size)]
+    return [part._map(lambda t: pad(t, (0, padding)) if t.dim() == 2 else t) for part in parts]
+
+
+class Critic(CriticActor):
+    def weights(self):
+        return self.engine.state_dict()
 
 
 class Learners:
-    """Policy, critic, reference and reward of one configuration."""
+    """Policy and critic of one configuration as actors, with the frozen models beside them."""
 
     def __init__(self, config: PPOConfig):
         self.config = config
@@ -72,45 +80,46 @@ class Learners:
                 cls,
                 lambda rank, section=section: {"rank": rank, "world_size": section.num_actors, "config": config},
             )
-            for name, section, cls in (("policy", config.policy, PolicyActor), ("critic", config.critic, CriticActor))
+            for name, section, cls in (("policy", config.policy, PolicyActor), ("critic", config.critic, Critic))
         )
-        lm = {"model": str(config.model), "temperature": config.rollout.temperature, "micro_batch_size": 5}
-        self.reference = ActorGroup(Role("reference", 1, 0.5, 0), ReferenceActor, lambda rank: lm)
-        rm = {"model": str(config.reward_model), "micro_batch_size": 5}
-        self.reward = ActorGroup(Role("reward", 1, 0.5, 0), RewardActor, lambda rank: rm)
+        self.reference = ReferenceActor(
+            model=str(config.model), temperature=config.rollout.temperature, micro_batch_size=5
+        )
+        self.reward = RewardActor(model=str(config.reward_model), micro_batch_size=5)
         for group, method in ((self.policy, PolicyActor.setup), (self.critic, CriticActor.setup)):
             collect(group.submit(method, group.submit(PolicyActor.address, rank=0)[0]), "setup")
 
     def score(self, parts):
         logprobs = self.policy.map(PolicyActor.logprobs, parts)
-        ref = self.reference.map(ReferenceActor.logprobs, parts)
-        rewards = self.reward.map(RewardActor.rewards, parts)
+        ref = [self.reference.logprobs(part) for part in parts]
+        rewards = [self.reward.rewards(part) for part in parts]
         values = self.critic.map(CriticActor.values, parts)
         scores = (rewards, [None] * len(parts), logprobs, ref, values)
         return self.policy.map(PolicyActor.experience, parts, *scores, kl_coef=KL_COEF, scale=None)
 
-    def step(self, step: int = 0):
-        parts = shards(self.config.num_shards, seed=step)
+    def step(self, step: int = 0, **rollouts):
+        parts = shards(self.config.num_shards, seed=step, **rollouts)
         experience = self.score(parts)
-        policy = self.policy.call_sharded(PolicyActor.update, experience, step=step, kl_coef=KL_COEF)
-        critic = self.critic.call_sharded(CriticActor.update, experience, step=step)
+        policy = self.policy.submit(PolicyActor.update, *experience, step=step, kl_coef=KL_COEF)
+        critic = self.critic.submit(CriticActor.update, *experience, step=step)
         return collect(policy, "policy")[0] | collect(critic, "critic")[0]
 
     def weights(self):
         (reference,) = self.policy.call(PolicyActor.publish_weights, 1)[0]
         import ray
 
-        return {name: tensor.clone() for name, tensor in unpack(ray.get(reference))}
+        policy = {name: tensor.clone() for name, tensor in unpack(ray.get(reference))}
+        return policy | self.critic.call(Critic.weights)[0]
 
     def stop(self):
-        for group in (self.policy, self.critic, self.reference, self.reward):
+        for group in (self.policy, self.critic):
             group.stop()
 
 
-def run_one_step(tmp_path, model, reward_model, *overrides):
+def run_one_step(tmp_path, model, reward_model, *overrides, **rollouts):
     learners = Learners(make_config(tmp_path, model, reward_model, *overrides))
     try:
-        return learners.step(), learners.weights()
+        return learners.step(rows=ROWS - 1, **rollouts), learners.weights()  # two ranks: unequal numbers of rows
     finally:
         learners.stop()
 
@@ -129,26 +138,46 @@ def test_first_inner_step_has_ratio_one(one_rank):
     assert abs(metrics["loss/policy"]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("policy.num_actors=2", "critic.num_actors=2"),
-        ("policy.num_actors=2", "policy.learner.zero_stage=3"),
-        ("policy.micro_batch_size=2", "critic.micro_batch_size=3", "policy.learner.zero_stage=0"),
-    ],
-    ids=["two ranks, ZeRO-2", "two ranks, ZeRO-3", "small micro-batches, no ZeRO"],
-)
-def test_ranks_micro_batches_and_zero_stage_change_nothing(
-    one_rank, tmp_path, tiny_model_dir, reward_model_dir, overrides
-):
-    metrics, weights = one_rank
-    other_metrics, other_weights = run_one_step(tmp_path, tiny_model_dir, reward_model_dir, *overrides)
-    assert other_metrics["policy/grad_norm"] == pytest.approx(metrics["policy/grad_norm"], rel=1e-4)
-    assert other_metrics["loss/value"] == pytest.approx(metrics["loss/value"], rel=1e-4)
-    assert other_metrics["objective/rewards"] == pytest.approx(metrics["objective/rewards"], rel=1e-5, abs=1e-6)
+def assert_same_update(one, other):
+    """The same gradient norms, and the same weights within 1e-5 of their size."""
+    (metrics, weights), (other_metrics, other_weights) = one, other
+    for name in ("policy/grad_norm", "critic/grad_norm", "loss/value"):
+        assert other_metrics[name] == pytest.approx(metrics[name], rel=1e-5), name
+    for name in ("objective/rewards", "objective/entropy", "value/explained_variance", "loss/policy"):
+        assert other_metrics[name] == pytest.approx(metrics[name], rel=1e-4, abs=1e-6), name
     assert weights.keys() == other_weights.keys()
-    for name in weights:  # Adam's first step is lr * sign: compare against the size of the step
-        torch.testing.assert_close(other_weights[name], weights[name], rtol=0, atol=2e-5)
+    for name, weight in weights.items():
+        assert (other_weights[name] - weight).norm() < 1e-5 * weight.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rollouts"),
+    [
+        (("policy.num_actors=2", "critic.num_actors=2", "critic.learner.zero_stage=1"), {"padding": 7}),
+        (
+            ("policy.num_actors=2", "policy.learner.zero_stage=3", "policy.micro_batch_tokens=20",
+             "critic.num_actors=2", "critic.learner.zero_stage=0", "critic.micro_batch_size=1"),
+            {"backwards": True},
+        ),
+        (
+            ("policy.micro_batch_size=2", "policy.learner.zero_stage=0", "critic.micro_batch_tokens=30",
+             "critic.learner.zero_stage=3"),
+            {"backwards": True, "padding": 3},
+        ),
+    ],
+    ids=["two ranks, padding", "two ranks, ZeRO 3 and 0, token budget, order", "ZeRO 0 and 3, token budget, order"],
+)  # fmt: skip
+def test_ranks_micro_batches_zero_stage_order_and_padding_change_nothing(
+    one_rank, tmp_path, tiny_model_dir, reward_model_dir, overrides, rollouts
+):
+    other = run_one_step(tmp_path, tiny_model_dir, reward_model_dir, *overrides, **rollouts)
+    assert_same_update(one_rank, other)
+
+
+def test_a_part_of_the_shards_is_refused(tmp_path, tiny_model_dir, reward_model_dir):
+    config = make_config(tmp_path, tiny_model_dir, reward_model_dir)
+    with pytest.raises(RuntimeError, match="expected all 2 shards of the step on every rank, got 1"):
+        PolicyActor(rank=0, world_size=1, config=config).joined(shards(1))
 
 
 def test_a_checkpoint_continues_exactly(local_ray, tmp_path, tiny_model_dir, reward_model_dir):
@@ -169,6 +198,32 @@ def test_a_checkpoint_continues_exactly(local_ray, tmp_path, tiny_model_dir, rew
     assert metrics == pytest.approx(expected_metrics, rel=1e-6, abs=1e-9)
     for name in weights:
         torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-7)
+
+
+def test_with_adapters_the_policy_is_its_own_reference(local_ray, tmp_path, tiny_model_dir, reward_model_dir):
+    overrides = ["policy.learner.lora.rank=4", "critic.learner.lora.rank=4", "policy.num_actors=2",
+                 "policy.learner.zero_stage=3", "policy.micro_batch_tokens=30"]  # fmt: skip
+    learners = Learners(make_config(tmp_path, tiny_model_dir, reward_model_dir, *overrides))
+    parts = shards(2)
+    before = collect(learners.policy.map(PolicyActor.logprobs, parts), "policy")
+    metrics = learners.step()
+    after = collect(learners.policy.map(PolicyActor.logprobs, parts), "policy")
+    reference = collect(learners.policy.map(PolicyActor.ref_logprobs, parts), "policy")
+    weights = learners.weights()
+    learners.policy.call(PolicyActor.export, str(tmp_path / "model"))
+    learners.stop()
+    assert metrics["policy/grad_norm"] > 0 and metrics["critic/grad_norm"] > 0
+    for part, start, now, ref in zip(parts, before, after, reference, strict=True):
+        assert torch.equal(ref, start)
+        mask = part.action_mask
+        torch.testing.assert_close(ref[mask], learners.reference.logprobs(part)[mask], rtol=0, atol=1e-4)
+        assert not torch.equal(now[mask], ref[mask])
+    merged = ReferenceActor(model=str(tmp_path / "model"), temperature=0.7, micro_batch_size=5)
+    torch.testing.assert_close(merged.logprobs(part)[mask], now[mask], rtol=0, atol=1e-4)
+    names = safetensors_shapes(tiny_model_dir).keys()
+    assert safetensors_shapes(tmp_path / "model").keys() == names
+    assert {name for name in weights if not name.startswith("classifier.")} == names
+    assert (tmp_path / "model/adapter/adapter_config.json").is_file()
 
 
 def test_scores_of_one_actor_are_those_of_the_plain_model(tiny_model_dir, reward_model_dir):
