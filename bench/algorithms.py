@@ -32,8 +32,7 @@ GROUPS = ("prompts_per_step=16", "samples_per_prompt=4")
 RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "ppo": ("ppo-trl", (*CRITIC, "critic.warmup_steps=2")),
     "ppo-ptx": ("ppo-trl", (*CRITIC, "critic.warmup_steps=2", "ptx.coef=1", "ptx.documents={world}/documents.parquet")),
-    "ppo-lora": ("ppo-trl", (*CRITIC, "critic.warmup_steps=2", "policy.learner.lora.rank=2",
-                             "policy.learner.lora.target_modules=[q_proj,v_proj,o_proj]",
+    "ppo-lora": ("ppo-trl", (*CRITIC, "critic.warmup_steps=2", "policy.learner.lora.rank=4",
                              "policy.optimizer.learning_rate=2e-3")),
     "grpo": ("grpo", GROUPS),
     "rloo": ("rloo", GROUPS),
