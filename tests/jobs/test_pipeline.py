@@ -169,6 +169,7 @@ def start(arguments: list[str], cwd: Path = ROOT) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored below a shell's "&"
     )  # fmt: skip
 
 
@@ -267,7 +268,7 @@ def cluster(tmp_path_factory):
 
     def answers() -> bool:
         try:
-            JobSubmissionClient(address).list_jobs()
+            JobSubmissionClient(address).submit_job(entrypoint="true")  # refused until the agent is up
         except Exception:  # whatever the client raises while nobody listens
             return False
         return True
