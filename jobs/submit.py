@@ -51,7 +51,10 @@ def submit(
             metadata={"rayllm": module},
         )
     except (ConnectionError, RuntimeError) as error:
-        raise InputError(f"--address: {address} did not take the job: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "No available agent" in reason:  # Ray goes on without it when its fixed port is taken
+            reason += "; is port 52365 taken there? `ray start --head --dashboard-agent-listen-port=PORT` uses another"
+        raise InputError(f"--address: {address} did not take the job: {reason}") from None
     console.print(f"[dim]job {job_id} on {address}; `ray job stop {job_id} --address {address}` stops it[/dim]")
     try:
         asyncio.run(_follow(client, job_id, console))
