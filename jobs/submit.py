@@ -15,6 +15,7 @@ from rich.console import Console
 from rayllm.errors import InputError
 
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+READY_TIMEOUT_S = 60
 EXCLUDED = [".git", ".venv", "runs", "**/__pycache__"]
 
 
@@ -43,13 +44,17 @@ def submit(
         raise InputError("--address: run it from the root of the rayllm checkout, which is shipped to the cluster")
     try:
         client = JobSubmissionClient(address)
-        job_id = client.submit_job(
+        job_id = _submit_when_ready(
+            client,
             entrypoint=shlex.join(["python", "-m", f"jobs.{module}", *arguments, f"run_dir={config.run_dir}"]),
             runtime_env={"working_dir": ".", "excludes": EXCLUDED},
             metadata={"rayllm": module},
         )
     except (ConnectionError, RuntimeError) as error:
-        raise InputError(f"--address: {address} did not take the job: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if "No available agent" in reason:  # Ray goes on without it when its fixed port is taken
+            reason += "; is port 52365 taken there? `ray start --head --dashboard-agent-listen-port=PORT` uses another"
+        raise InputError(f"--address: {address} did not take the job: {reason}") from None
     console.print(f"[dim]job {job_id} on {address}; `ray job stop {job_id} --address {address}` stops it[/dim]")
     try:
         asyncio.run(_follow(client, job_id, console))
@@ -57,6 +62,18 @@ def submit(
         client.stop_job(job_id)
         raise
     return _exit_status(client, job_id)
+
+
+def _submit_when_ready(client: JobSubmissionClient, **job: Any) -> str:
+    """A cluster that has just started refuses jobs until its agent is up."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 async def _follow(client: JobSubmissionClient, job_id: str, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -60,6 +61,9 @@ def local_ray():
     """One Ray cluster on this machine for every test that needs one."""
     import ray
 
-    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
-    yield ray
-    ray.shutdown()
+    # vLLM and DeepSpeed leave sockets in TMPDIR, and their paths must be short.
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp", prefix="rt-") as folder:
+        patch.setenv("TMPDIR", folder)
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+        yield ray
+        ray.shutdown()

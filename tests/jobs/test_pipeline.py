@@ -169,6 +169,7 @@ def start(arguments: list[str], cwd: Path = ROOT) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored below a shell's "&"
     )  # fmt: skip
 
 
@@ -249,7 +250,7 @@ def cluster(tmp_path_factory):
     import socket
 
     ports = []
-    for _ in range(2):
+    for _ in range(3):  # Ray's fixed default of the agent's port may be taken by any connection of this machine
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
@@ -257,17 +258,18 @@ def cluster(tmp_path_factory):
     env = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled"}
     folder = tmp_path_factory.mktemp("ray")
     command = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
-               f"--temp-dir={folder}", "--disable-usage-stats"]  # fmt: skip
-    head = subprocess.Popen(
-        [str(Path(sys.executable).parent / command[0]), *command[1:]],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env,
-    )  # fmt: skip
+               f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={folder}", "--disable-usage-stats"]  # fmt: skip
+    log = folder / "head.log"
+    with log.open("w") as out:
+        head = subprocess.Popen(
+            [str(Path(sys.executable).parent / command[0]), *command[1:]], stdout=out, stderr=subprocess.STDOUT, env=env
+        )
     address = f"http://127.0.0.1:{ports[1]}"
     from ray.job_submission import JobSubmissionClient
 
     def answers() -> bool:
         try:
-            JobSubmissionClient(address).list_jobs()
+            JobSubmissionClient(address).submit_job(entrypoint="true")  # refused until the agent is up
         except Exception:  # whatever the client raises while nobody listens
             return False
         return True
