@@ -143,7 +143,7 @@ class PolicyActor(LearnerActor):
     def update(self, *shards: Experience, step: int, kl_coef: float) -> dict[str, float]:
         """Clipped policy steps on the step's experience. Returns metrics of rollouts and update."""
         experience = self.joined(shards)
-        metrics = self.mean_over_ranks(self._rollout_sums(experience))
+        metrics = self.mean_over_ranks(self._rollout_sums(experience)) | self._largest_mismatch(experience)
         if self.estimator.whitens:
             moments = self.engine.sum_tensor(masked_moments(experience.advantages, experience.action_mask))
             experience = experience.replace(
@@ -246,6 +246,10 @@ class PolicyActor(LearnerActor):
             kl = kl_estimate(logprobs, experience.ref_logprobs, estimator=estimator, mask=mask)
             sums["objective/kl"] = (float(kl.sum()), rows)
         return sums
+
+    def _largest_mismatch(self, experience: Experience) -> dict[str, float]:
+        apart = mismatch(experience.logprobs, experience.rollout_logprobs, experience.action_mask)
+        return {"rollout/logprob_mismatch_max": float(self.engine.max_tensor(apart["difference_max"].view(1)))}
 
     def mean_nats(self, rows: torch.Tensor) -> float:
         """Mean loss per predicted token over (R, T) rows of text, in nats; every rank must be called."""

@@ -36,7 +36,9 @@ def test_grpo_with_all_that_it_can_have(tiny_run, tmp_path):
     assert start["eval/bits_per_byte"] > 0 and len(steps) == 2
     for metrics in steps:
         assert metrics["loss/ptx"] > 0 and metrics["objective/kl_coef"] > 0
-        assert "loss/value" not in metrics and metrics["rollout/logprob_mismatch"] < 1e-3
+        assert "loss/value" not in metrics
+        assert metrics["rollout/logprob_mismatch"] <= metrics["rollout/logprob_mismatch_max"] < 1e-3
+        assert 0 <= metrics["rollout/logprob_mismatch_kl"] < 1e-5
     assert not (tmp_path / "critic").exists()
     assert (tmp_path / "checkpoints/step-000002/reference/model.safetensors").is_file()
 
