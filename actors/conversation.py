@@ -154,6 +154,7 @@ class _Transcript:
     prompt: list[int]
     response: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of the sampled ones of response
+    versions: list[int] = field(default_factory=list)  # of the same
     turns: list[SampledTurn] = field(default_factory=list)
 
     @property
@@ -164,9 +165,8 @@ class _Transcript:
         start = len(self.response)
         self.response += sampled.token_ids
         self.logprobs += sampled.logprobs
-        self.turns.append(
-            SampledTurn(start=start, end=len(self.response), reward=reward, policy_version=sampled.version)
-        )
+        self.versions += sampled.versions
+        self.turns.append(SampledTurn(start=start, end=len(self.response), reward=reward))
 
     def rollout(self, prompt_id: int, finish_reason: str) -> Rollout:
         return Rollout(
@@ -175,7 +175,7 @@ class _Transcript:
             token_ids=tuple(self.response),
             logprobs=tuple(self.logprobs),
             finish_reason=finish_reason,
-            policy_version=self.turns[0].policy_version,
+            policy_versions=tuple(self.versions),
             turns=tuple(self.turns),
         )
 

@@ -1,10 +1,13 @@
-"""Rollout actors as one: prompts are shared out, weights go to all."""
+"""Rollout actors as one: work goes to the one that has the least of it, weights go to all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import ray
 
 from actors.group import ActorGroup, Role, collect
 from actors.rollout import RolloutActor
@@ -14,7 +17,13 @@ from rayllm.data.files import Row
 from rayllm.data.rollout import Rollout
 
 CHUNK = 64
-"""Prompts in one call: enough to fill an engine's batch, few enough to share the work evenly."""
+"""Prompts in one call of `generate`: few enough to share the work evenly."""
+
+AHEAD = 4
+"""Calls of `generate` that an actor has at once: enough to fill an engine's batch while others are on their way."""
+
+PROBE_TOKENS = 80
+"""Length of the text that shows which weights an engine serves: over two blocks of its cache."""
 
 
 def rollout_role(config: RolloutConfig) -> Role:
@@ -27,6 +36,56 @@ def start_rollout_actors(
     """Start the engines on a model folder; all sample with one seed, so that it does not matter who gets a prompt."""
     arguments = {"model_dir": str(model), "engine": config.engine, "seed": seed, "environment": environment}
     return ActorGroup(rollout_role(config), RolloutActor, lambda rank: arguments)
+
+
+def probe_tokens(vocab_size: int, max_positions: int) -> list[int]:
+    """The text of the probe: random tokens, the same in every run."""
+    rng = np.random.default_rng(0)
+    return rng.integers(vocab_size, size=min(PROBE_TOKENS, max_positions - 1)).tolist()
+
+
+class Dispatcher:
+    """Gives every piece of work to the rollout actor with the fewest tokens before it."""
+
+    def __init__(self, group: ActorGroup[RolloutActor]) -> None:
+        self.group = group
+        self._open: list[dict[ray.ObjectRef, int]] = [{} for _ in range(len(group))]
+
+    def submit(
+        self, method: Callable[..., Any], work: Sequence[Any], *, tokens: Sequence[int], **arguments: Any
+    ) -> list[ray.ObjectRef]:
+        """Start ``method`` on every piece, the longest first; references in order of the pieces.
+
+        Args:
+            work: first argument of each call.
+            tokens: of each piece, prompts and longest responses.
+        """
+        references: dict[int, ray.ObjectRef] = {}
+        for index in sorted(range(len(work)), key=lambda index: -tokens[index]):
+            rank = self._least_loaded()
+            (references[index],) = self.group.submit(method, work[index], rank=rank, **arguments)
+            self._open[rank][references[index]] = tokens[index]
+        return [references[index] for index in range(len(work))]
+
+    def wait_for_room(self) -> None:
+        """Until some actor has fewer than ``AHEAD`` calls before it."""
+        while min(len(self._unfinished(rank)) for rank in range(len(self.group))) >= AHEAD:
+            ray.wait([reference for calls in self._open for reference in calls], fetch_local=False)
+
+    def num_unfinished(self) -> int:
+        """Calls under way."""
+        return sum(len(self._unfinished(rank)) for rank in range(len(self.group)))
+
+    def _least_loaded(self) -> int:
+        return min(range(len(self.group)), key=lambda rank: (sum(self._unfinished(rank).values()), rank))
+
+    def _unfinished(self, rank: int) -> dict[ray.ObjectRef, int]:
+        calls = self._open[rank]
+        if calls:
+            done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0, fetch_local=False)
+            for reference in done:
+                del calls[reference]
+        return calls
 
 
 def generate(
@@ -46,20 +105,28 @@ def generate(
         method: ``RolloutActor.converse`` for (prompt id, row) pairs.
         on_done: called with the number of prompts done so far.
     """
-    chunks = [list(prompts[i : i + CHUNK]) for i in range(0, len(prompts), CHUNK)]
-    references = group.map(
-        method,
-        chunks,
-        num_samples=num_samples,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        step=step,
-    )
-    rollouts: list[Rollout] = []
-    done = 0
-    for chunk, reference in zip(chunks, references, strict=True):
-        rollouts.extend(collect([reference], group.role.name)[0])
-        done += len(chunk)
+    dispatcher = Dispatcher(group)
+    references: list[ray.ObjectRef] = []
+
+    def report() -> None:
         if on_done is not None:
-            on_done(done)
+            on_done(min(len(prompts), CHUNK * (len(references) - dispatcher.num_unfinished())))
+
+    for start in range(0, len(prompts), CHUNK):
+        chunk = list(prompts[start : start + CHUNK])
+        dispatcher.wait_for_room()
+        references += dispatcher.submit(
+            method,
+            [chunk],
+            tokens=[len(chunk)],
+            num_samples=num_samples,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            step=step,
+        )
+        report()
+    rollouts: list[Rollout] = []
+    for reference in references:
+        rollouts.extend(collect([reference], group.role.name)[0])
+        report()
     return rollouts

@@ -114,7 +114,7 @@ class PolicyActor(LearnerActor):
         )
         weights = importance_weights(
             logprobs, shard.rollout_logprobs, mask,
-            kind=algorithm.off_policy, low=algorithm.off_policy_low, high=algorithm.off_policy_high,
+            kind=self.config.off_policy, low=algorithm.off_policy_low, high=algorithm.off_policy_high,
         )  # fmt: skip
         filled = {"ref_logprobs": ref_logprobs, "values": values}
         return shard.replace(
@@ -143,7 +143,7 @@ class PolicyActor(LearnerActor):
     def update(self, *shards: Experience, step: int, kl_coef: float) -> dict[str, float]:
         """Clipped policy steps on the step's experience. Returns metrics of rollouts and update."""
         experience = self.joined(shards)
-        metrics = self.mean_over_ranks(self._rollout_sums(experience)) | self._largest_mismatch(experience)
+        metrics = self.mean_over_ranks(self._rollout_sums(experience)) | self._sampler_metrics(experience, step)
         if self.estimator.whitens:
             moments = self.engine.sum_tensor(masked_moments(experience.advantages, experience.action_mask))
             experience = experience.replace(
@@ -232,14 +232,11 @@ class PolicyActor(LearnerActor):
     def _rollout_sums(self, experience: Experience) -> dict[str, tuple[float, float]]:
         mask, logprobs = experience.action_mask, experience.logprobs
         rows, tokens = float(len(experience)), float(mask.sum())
-        apart = mismatch(logprobs, experience.rollout_logprobs, mask)
         sums = {
             "objective/rewards": (float(experience.rewards.sum()), rows),
             "objective/entropy": (-float(logprobs[mask].sum()), tokens),
             "response/length_mean": (tokens, rows),
             "response/stop_rate": (float(experience.stopped.sum()), rows),
-            "rollout/logprob_mismatch": (float(apart["difference_sum"]), tokens),
-            "rollout/logprob_mismatch_kl": (float(apart["kl_sum"]), tokens),
         }
         if experience.ref_logprobs is not None:
             estimator = self.config.algorithm.kl_estimator
@@ -247,14 +244,40 @@ class PolicyActor(LearnerActor):
             sums["objective/kl"] = (float(kl.sum()), rows)
         return sums
 
-    def _largest_mismatch(self, experience: Experience) -> dict[str, float]:
-        apart = mismatch(experience.logprobs, experience.rollout_logprobs, experience.action_mask)
-        return {"rollout/logprob_mismatch_max": float(self.engine.max_tensor(apart["difference_max"].view(1)))}
+    def _sampler_metrics(self, experience: Experience, step: int) -> dict[str, float]:
+        """How far the sampler was from this policy: on tokens of the same weights, where it should not be, and, in a
+        run that samples ahead, on all, with their age in policy updates."""
+        learner, sampler, mask = experience.logprobs, experience.rollout_logprobs, experience.action_mask
+        age = step - experience.policy_versions
+        same = mismatch(learner, sampler, mask & (age == 0))
+        metrics = self._mismatch_metrics("rollout/logprob_mismatch", same)
+        if self.config.max_policy_lag:
+            metrics |= self._mismatch_metrics("off_policy/difference", mismatch(learner, sampler, mask))
+            oldest = torch.where(mask, age, 0).max().view(1)
+            ages = {"off_policy/lag": (float(age[mask].sum()), float(mask.sum()))}
+            metrics |= {**self.mean_over_ranks(ages), "off_policy/lag_max": float(self.engine.max_tensor(oldest))}
+        return metrics
+
+    def _mismatch_metrics(self, name: str, apart: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Mean, largest and KL over the ranks; nothing where no token counts."""
+        sums = torch.stack([apart["num_tokens"], apart["difference_sum"], apart["kl_sum"]])
+        num_tokens, difference, kl = self.engine.sum_tensor(sums).tolist()
+        largest = float(self.engine.max_tensor(apart["difference_max"].view(1)))
+        if not num_tokens:
+            return {}
+        return {name: difference / num_tokens, f"{name}_max": largest, f"{name}_kl": kl / num_tokens}
 
     def mean_nats(self, rows: torch.Tensor) -> float:
         """Mean loss per predicted token over (R, T) rows of text, in nats; every rank must be called."""
         self.engine.train(False)
         return mean_nats(self.engine, rows, self.role.micro_batch_size, self.engine.device)
+
+    @torch.no_grad()
+    def text_logprobs(self, token_ids: list[int]) -> list[float]:
+        """Nats of every token after the first, given those before it, at temperature 1; every rank must be called."""
+        self.engine.train(False)
+        sequences = torch.tensor([token_ids], device=self.engine.device)
+        return token_logprobs(self.engine(input_ids=sequences).logits, sequences)[0, 1:].tolist()
 
     def publish_weights(self, version: int) -> list[ray.ObjectRef]:
         """Put the full weights into the object store; rank 0 returns their reference in a list, others an empty one.

@@ -121,7 +121,7 @@ class RolloutActor:
                 token_ids=response.token_ids,
                 logprobs=response.logprobs,
                 finish_reason=response.finish_reason,
-                policy_version=response.version,
+                policy_versions=response.versions,
             )
             for (prompt_id, token_ids, _), response in zip(samples, responses, strict=True)
         ]
@@ -205,13 +205,16 @@ class RolloutActor:
         found = dict(zip(unique, rollouts, strict=True))
         return collate([found[i] for i in shard.prompt_ids.tolist()], pad_token_id=self._pad_token_id)
 
-    async def update_weights(self, bundle: WeightBundle | list[Awaitable[WeightBundle]]) -> int:
+    async def update_weights(
+        self, bundle: WeightBundle | list[Awaitable[WeightBundle]], *, keep_cache: bool = False
+    ) -> int:
         """Replace the weights between two engine steps and drop the prefix cache; returns their version.
 
-        Responses under way go on with the new weights, and keep the version of their first token.
+        Responses under way go on with the new weights; each token tells the version that sampled it.
 
         Args:
             bundle: the weights, or a list with the one ``ObjectRef`` that holds them.
+            keep_cache: as in ``VllmEngine.update``.
 
         Raises:
             RuntimeError: the bundle is damaged, lacks a tensor of the checkpoint, has one too many or one of
@@ -221,7 +224,25 @@ class RolloutActor:
             (reference,) = bundle
             bundle = await reference
         await asyncio.to_thread(verify, bundle)
-        return await self._engine.update(unpack(bundle), bundle.shapes(), version=bundle.version)
+        return await self._engine.update(
+            unpack(bundle), bundle.shapes(), version=bundle.version, keep_cache=keep_cache
+        )
+
+    async def sync(
+        self,
+        bundle: WeightBundle | list[Awaitable[WeightBundle]],
+        *,
+        probe: list[int],
+        keep_cache: bool = False,
+    ) -> tuple[int, list[float]]:
+        """`update_weights`, and proof: the version that serves, and what it makes of a text.
+
+        Returns:
+            The version, and the log-probability of every token of ``probe`` after the first, in nats, at temperature 1,
+            computed from the tokens alone, with nothing out of a cache.
+        """
+        version = await self.update_weights(bundle, keep_cache=keep_cache)
+        return version, await self._engine.prompt_logprobs(probe)
 
     async def load(self, model_dir: str, *, version: int = 0) -> int:
         """Replace the weights by those of a model folder of the same shape; returns ``version``."""

@@ -19,12 +19,14 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import set_num_threads  # vLLM replaces the attribute by a function that does nothing
 
 from actors.weights import check_shapes, safetensors_shapes
+
+ResultT = TypeVar("ResultT")
 
 EXIT_CODE = 17
 EXIT_GRACE_S = 2.0
@@ -58,19 +60,20 @@ class Sampled:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
-    version: int
-    """Policy version of the first token: the oldest, if the weights changed on the way."""
+    versions: tuple[int, ...]
+    """Policy version of each token."""
 
 
 @dataclass(slots=True)
 class _Call:
     """Requests that are answered together. Only the stepping thread changes it."""
 
-    requests: list[Request]
-    params: list[Any]  # vLLM's SamplingParams, one a request
+    prompts: list[Sequence[int]]
+    params: list[Any]  # vLLM's SamplingParams, one a prompt
+    read: Callable[[Any], Any]  # makes the answer from vLLM's RequestOutput
     future: Future = field(default_factory=Future)
     request_ids: list[str] = field(default_factory=list)  # in the engine
-    outputs: dict[int, Sampled] = field(default_factory=dict)  # by place in requests
+    answers: dict[int, Any] = field(default_factory=dict)  # by place in prompts
 
 
 def default_engine_args(device: str) -> dict[str, Any]:
@@ -140,6 +143,7 @@ class VllmEngine:
         config = self._llm.model_config
         self.max_model_len: int = config.max_model_len
         self.vocab_size: int = config.get_vocab_size()
+        self.block_size: int = self._llm.vllm_config.cache_config.block_size
         self.version = 0
         self._shapes = safetensors_shapes(model_dir)
         self._optional = {TIED_HEAD} if config.hf_text_config.tie_word_embeddings else set()
@@ -174,7 +178,26 @@ class VllmEngine:
             )
             for request in requests
         ]
-        call = _Call(requests=requests, params=params)
+        return await self._ask([request.token_ids for request in requests], params, _sampled)
+
+    async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Nats of every token after the first, given those before it, at temperature 1; nothing out of the cache.
+
+        Raises:
+            RuntimeError: the engine took some of it from its prefix cache all the same.
+        """
+        params = self._sampling_params(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, **{**self._sampling, "logprobs": None}
+        )
+        ((num_cached, logprobs),) = await self._ask([token_ids], [params], _prompt_logprobs)
+        if num_cached:
+            raise RuntimeError(f"{num_cached} of {len(token_ids)} tokens of the probe came out of the prefix cache")
+        return logprobs
+
+    async def _ask(
+        self, prompts: list[Sequence[int]], params: list[Any], read: Callable[[Any], ResultT]
+    ) -> list[ResultT]:
+        call = _Call(prompts=prompts, params=params, read=read)
         try:
             return await self._submit(lambda: self._add(call), call.future)
         except asyncio.CancelledError:
@@ -194,7 +217,12 @@ class VllmEngine:
         return f"has token {unknown[0]}, outside the vocabulary of {self.vocab_size}" if unknown else None
 
     async def update(
-        self, named: Iterable[tuple[str, torch.Tensor]], shapes: dict[str, tuple[int, ...]], *, version: int
+        self,
+        named: Iterable[tuple[str, torch.Tensor]],
+        shapes: dict[str, tuple[int, ...]],
+        *,
+        version: int,
+        keep_cache: bool = False,
     ) -> int:
         """Replace the weights between two steps; running requests go on under the new ones.
 
@@ -202,13 +230,15 @@ class VllmEngine:
             named: checkpoint names and tensors, of any floating dtype.
             shapes: what ``named`` will yield.
             version: number of policy updates in them.
+            keep_cache: running requests keep the keys and values that the old weights computed. Without it they are
+                computed again, and a token's distribution is exactly that of the weights that sampled it.
 
         Raises:
             RuntimeError: from ``check_shapes``; nothing has been touched then.
         """
         check_shapes(shapes, expected=self._shapes, optional=self._optional)
         future: Future = Future()
-        return await self._submit(lambda: self._apply(future, named, version), future)
+        return await self._submit(lambda: self._apply(future, named, version, keep_cache), future)
 
     async def shutdown(self) -> None:
         """Stop the thread and free the engine; open calls fail."""
@@ -256,10 +286,12 @@ class VllmEngine:
 
     def _add(self, call: _Call) -> None:
         try:
-            for place, (request, params) in enumerate(zip(call.requests, call.params, strict=True)):
+            for place, (token_ids, params) in enumerate(zip(call.prompts, call.params, strict=True)):
                 self._count += 1
                 request_id = str(self._count)
-                self._llm.add_request(request_id, {"prompt_token_ids": list(request.token_ids)}, params)
+                # The salt keeps new requests from the cache of older weights, where that is kept for running ones.
+                prompt: Any = {"prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
+                self._llm.add_request(request_id, prompt, params)
                 self._calls[request_id] = (call, place)
                 call.request_ids.append(request_id)
         except ValueError as error:  # vLLM refuses a request
@@ -272,19 +304,15 @@ class VllmEngine:
 
     def _deliver(self, output: Any) -> None:
         call, place = self._calls.pop(output.request_id)
-        (completion,) = output.outputs
-        token_ids = tuple(completion.token_ids)
-        call.outputs[place] = Sampled(
-            token_ids=token_ids,
-            logprobs=tuple(p[t].logprob for p, t in zip(completion.logprobs, token_ids, strict=True)),
-            finish_reason=completion.finish_reason,
-            version=int(completion.weight_versions[0].version),
-        )
-        if len(call.outputs) == len(call.requests):
-            call.future.set_result([call.outputs[place] for place in range(len(call.requests))])
+        call.answers[place] = call.read(output)
+        if len(call.answers) == len(call.prompts):
+            call.future.set_result([call.answers[place] for place in range(len(call.prompts))])
 
-    def _apply(self, future: Future, named: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        self._llm.reset_prefix_cache(reset_running_requests=True)
+    def _apply(
+        self, future: Future, named: Iterable[tuple[str, torch.Tensor]], version: int, keep_cache: bool
+    ) -> None:
+        if not keep_cache:
+            self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
         self._llm.apply_model(retie)
         self._llm.set_weight_version(str(version))
@@ -316,6 +344,24 @@ def retie(model: torch.nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
             layer.quant_method.process_weights_after_loading(layer)
+
+
+def _sampled(output: Any) -> Sampled:
+    (completion,) = output.outputs
+    token_ids = tuple(completion.token_ids)
+    return Sampled(
+        token_ids=token_ids,
+        logprobs=tuple(p[t].logprob for p, t in zip(completion.logprobs, token_ids, strict=True)),
+        finish_reason=completion.finish_reason,
+        versions=tuple(int(s.version) for s in completion.weight_versions for _ in range(s.start, s.end)),
+    )
+
+
+def _prompt_logprobs(output: Any) -> tuple[int, list[float]]:
+    """Number of tokens that came out of the prefix cache, and the log-probabilities."""
+    token_ids = output.prompt_token_ids[1:]
+    logprobs = [p[t].logprob for p, t in zip(output.prompt_logprobs[1:], token_ids, strict=True)]
+    return output.num_cached_tokens or 0, logprobs
 
 
 def _stopped(error: BaseException) -> RuntimeError:

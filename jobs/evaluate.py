@@ -195,7 +195,7 @@ def as_answer_to(rollout: Rollout, prompt: Sequence[int]) -> Rollout:
         token_ids=rollout.token_ids,
         logprobs=rollout.logprobs,
         finish_reason=rollout.finish_reason,
-        policy_version=rollout.policy_version,
+        policy_versions=rollout.policy_versions,
     )
 
 

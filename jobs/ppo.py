@@ -3,7 +3,7 @@
 Policy, reference, reward model and critic live apart in Ray actors; vLLM actors generate. The driver holds references
 and scalars only: a step's prompts are drawn, and its tokens sampled, scored and trained on, in the actors. Who waits
 for whom is told by the references that one call hands to the next: scoring of a shard starts when its responses are
-done, the updates when all of their shards are scored.
+done, the updates when all of their shards are scored. With max_policy_lag above 0 later steps are sampled meanwhile.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from actors.group import collect
 from actors.placement import check_capacity, describe
 from actors.policy import PolicyActor
 from actors.reward import RewardActor
-from actors.rollout import RolloutActor
 from jobs.judging import check_world_rows
+from jobs.ppo_batches import Batches
 from jobs.ppo_roles import Roles
 from jobs.ppo_watch import SHOWN, Controls, Watch
 from jobs.session import ray_session
 from rayllm.config.base import Loaded
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.files import check_data_file
-from rayllm.data.prompts import PromptData, PromptStream, read_prompts
+from rayllm.data.prompts import PromptData, read_prompts
 from rayllm.data.text import tokenize_documents
 from rayllm.environments.loading import load_environment, make_prompts
 from rayllm.errors import InputError
@@ -36,14 +36,13 @@ from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done, print_preamble
 
 
-def train(roles: Roles, prompts: PromptStream, controls: Controls, config: PPOConfig, watch: Watch) -> None:
+def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig, watch: Watch) -> None:
     """The algorithm: Ouyang et al. 2022, section 3.5; Schulman et al. 2017, algorithm 1."""
     for step in range(watch.first_step, config.num_steps):
         with watch.timed("time/step"):
             with watch.timed("time/rollout"):
-                shards = roles.rollout.map(RolloutActor.experience, split(prompts, config), step=step)
-                rewards = roles.reward.map(RewardActor.rewards, shards)
-                shards, rewards = resample(roles, prompts, config, step, shards, rewards)
+                shards, rewards = batches.take(step)
+                shards, rewards = resample(roles, batches, config, step, shards, rewards)
                 baselines = roles.greedy_rewards(shards, step)
                 ref_logprobs = roles.ref_logprobs(shards)
                 values = roles.values(shards)
@@ -66,15 +65,8 @@ def train(roles: Roles, prompts: PromptStream, controls: Controls, config: PPOCo
         watch.after(step + 1, metrics)
 
 
-def split(prompts: PromptStream, config: PPOConfig) -> list[list[int]]:
-    """The step's prompts, cut into shards of whole prompts."""
-    taken = prompts.take(config.prompts_per_step)
-    size = len(taken) // config.num_shards
-    return [taken[start : start + size] for start in range(0, len(taken), size)]
-
-
 def resample(
-    roles: Roles, prompts: PromptStream, config: PPOConfig, step: int, shards: list[Any], rewards: list[Any]
+    roles: Roles, batches: Batches, config: PPOConfig, step: int, shards: list[Any], rewards: list[Any]
 ) -> tuple[list[Any], list[Any]]:
     """Dynamic sampling (DAPO, https://arxiv.org/abs/2503.14476, section 3.2): replace the prompts whose responses all
     got the same reward, so that every prompt of the step teaches something. What is still without signal after the
@@ -84,8 +76,7 @@ def resample(
         wanting = [index for index, count in enumerate(counts) if count]
         if not wanting:
             break
-        fresh = [prompts.take(counts[index]) for index in wanting]
-        spare = roles.rollout.map(RolloutActor.experience, fresh, step=step)
+        spare = batches.more([counts[index] for index in wanting], step)
         spare_rewards = roles.reward.map(RewardActor.rewards, spare)
         before = [shards[index] for index in wanting], [rewards[index] for index in wanting]
         filled = roles.reward.map(RewardActor.replace_without_signal, *before, spare, spare_rewards)
@@ -96,8 +87,8 @@ def resample(
 
 def check_mismatch(metrics: Mapping[str, float], config: PPOConfig) -> None:
     """Sampler and learner must agree on the tokens' probabilities, or the policy gradient is of another policy."""
-    mismatch = metrics["rollout/logprob_mismatch"]
-    if mismatch > config.max_logprob_mismatch:
+    mismatch = metrics.get("rollout/logprob_mismatch", 0.0)  # none where every token is of older weights
+    if not mismatch <= config.max_logprob_mismatch:
         raise RuntimeError(
             f"sampler and learner disagree by {mismatch:.3g} nats a token (max_logprob_mismatch="
             f"{config.max_logprob_mismatch:g}): the rollout actors' weights are not the policy's"
@@ -136,10 +127,10 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
             with Progress(console, "ppo", config.num_steps) as progress:
                 progress.status(f"starting {', '.join(role.name for role in needs)}")
                 roles = Roles.start(config, prompts, ptx_tokens=job.dir / "ptx.npy")
-                stream, controls = PromptStream(len(prompts), seed=config.seed), Controls(config)
-                watch = Watch(job, config, roles, stream, controls, progress, held_out, tokenizer)
+                batches, controls = Batches(roles, prompts, config), Controls(config)
+                watch = Watch(job, config, roles, batches, controls, progress, held_out, tokenizer)
                 watch.resume()
-                train(roles, stream, controls, config, watch)
+                train(roles, batches, controls, config, watch)
             roles.export(job)
         job.finish(watch.last, model_parameters=count_stored_parameters(job.model_dir))
         print_done(console, job, {name: value for name, value in watch.last.items() if name in SHOWN})

@@ -27,6 +27,8 @@ def lines(config: PPOConfig) -> list[tuple[str, str, str]]:
         ("responses a step", f"{rows:,}", f"x samples_per_prompt {config.samples_per_prompt}"),
         ("response tokens a step", f"at most {tokens:,}", f"x rollout.max_new_tokens {config.rollout.max_new_tokens}"),
         ("shards", f"{shards}", f"{rows // shards:,} responses each, over {config.rollout.num_actors} rollout actors"),
+        ("steps under way", f"{1 + config.max_policy_lag}", f"responses are at most max_policy_lag "
+         f"{config.max_policy_lag} updates old; off-policy correction: {config.off_policy}"),
         ("optimizer steps a step", f"{updates}",
          f"{algorithm.num_epochs} epochs x {algorithm.num_minibatches} minibatches"),
     ]  # fmt: skip

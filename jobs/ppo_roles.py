@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from actors.critic import CriticActor
-from actors.fleet import rollout_role, start_rollout_actors
+from actors.fleet import Dispatcher, probe_tokens, rollout_role, start_rollout_actors
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
@@ -17,6 +18,7 @@ from actors.reward import EnvironmentRewardActor, GoldRewardActor, RewardActor
 from actors.rollout import RolloutActor
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
+from rayllm.models.loading import max_positions, vocabulary_size
 from rayllm.report.run import Run
 
 
@@ -30,6 +32,8 @@ class Roles:
     reference: ActorGroup[ReferenceActor] | None
     reward: ActorGroup[Any]
     rollout: ActorGroup[RolloutActor]
+    dispatcher: Dispatcher
+    probe: list[int]
 
     @staticmethod
     def needs(config: PPOConfig) -> list[Role]:
@@ -46,11 +50,14 @@ class Roles:
         """Start all roles side by side; returns when all are ready."""
         needed = {role.name: role for role in cls.needs(config)}
         learner = {"config": config, "ptx_tokens": ptx_tokens.absolute() if config.ptx.documents else None}
+        rollout = start_rollout_actors(
+            config.rollout, config.model, seed=config.seed, environment=config.environment
+        )
         roles = cls(
             config=config,
-            rollout=start_rollout_actors(
-                config.rollout, config.model, seed=config.seed, environment=config.environment
-            ),
+            rollout=rollout,
+            dispatcher=Dispatcher(rollout),
+            probe=probe_tokens(vocabulary_size(config.model), max_positions(config.model)),
             policy=ActorGroup(
                 needed["policy"],
                 PolicyActor,
@@ -118,11 +125,26 @@ class Roles:
         return metrics | (collect(critic, "critic")[0] if critic else {})
 
     def sync_weights(self, *, version: int) -> None:
-        """The policy's weights to every rollout actor; their reference travels, not the weights."""
-        weights = self.policy.call(PolicyActor.publish_weights, version)[0]
-        served = self.rollout.call(RolloutActor.update_weights, weights)
-        if any(found != version for found in served):
-            raise RuntimeError(f"rollout actors serve policy versions {served} after the sync of version {version}")
+        """The policy's weights to every rollout actor; their reference travels, not the weights. Each proves that they
+        serve: a text must be as probable to it as to the policy."""
+        published = self.policy.submit(PolicyActor.publish_weights, version)
+        probed = self.policy.submit(PolicyActor.text_logprobs, self.probe)
+        served = self.rollout.call(
+            RolloutActor.sync,
+            collect(published, "policy")[0],
+            probe=self.probe,
+            keep_cache=self.config.rollout.keep_cache,
+        )
+        expected = np.array(collect(probed, "policy")[0])
+        for rank, (found, logprobs) in enumerate(served):
+            apart = float(np.abs(expected - logprobs).mean())
+            if found != version or not apart <= self.config.max_logprob_mismatch:
+                raise RuntimeError(
+                    f"rollout actor {rank} does not serve the policy's weights after the sync of version {version}: it "
+                    f"serves version {found}, and its log-probabilities of the same text differ by {apart:.3g} nats a "
+                    f"token (max_logprob_mismatch={self.config.max_logprob_mismatch:g}); policy "
+                    f"{np.round(expected[:4], 3).tolist()} ..., rollout actor {np.round(logprobs[:4], 3).tolist()} ..."
+                )
 
     def move_reference(self, step: int) -> None:
         """Every ``reference.update_every`` steps the reference moves towards the policy."""

@@ -14,11 +14,12 @@ from actors.policy import PolicyActor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from jobs.judging import judge_rollouts
+from jobs.ppo_batches import Batches
 from jobs.ppo_roles import Roles
 from rayllm.algorithms.kl import next_kl_coef
 from rayllm.algorithms.rewards import RunningMoments
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.prompts import PromptData, PromptStream
+from rayllm.data.prompts import PromptData
 from rayllm.data.rollout import collate
 from rayllm.data.text import held_out_text
 from rayllm.models.checkpoint import Checkpoints
@@ -81,14 +82,14 @@ class Watch:
         job: Run,
         config: PPOConfig,
         roles: Roles,
-        prompts: PromptStream,
+        batches: Batches,
         controls: Controls,
         progress: Progress,
         held_out: PromptData | None,
         tokenizer: Any,
     ) -> None:
         self.job, self.config, self.roles, self.progress = job, config, roles, progress
-        self.prompts, self.controls = prompts, controls
+        self.batches, self.controls = batches, controls
         self.held_out, self.tokenizer = held_out, tokenizer
         self.checkpoints = Checkpoints(job.checkpoints_dir.absolute(), keep=config.checkpoint.keep)
         self.first_step = 0
@@ -111,7 +112,7 @@ class Watch:
         self.job.log(step, metrics)
         self.progress.update(step, {name: value for name, value in metrics.items() if name in SHOWN})
         if step % self.config.checkpoint.every_steps == 0 or step == self.config.num_steps:
-            state = {"step": step, "prompts": list(self.prompts.position), **self.controls.state()}
+            state = {"step": step, **self.batches.state(), **self.controls.state()}
             with self.checkpoints.writing(step) as folder:
                 self.roles.save(folder, state)
 
@@ -156,10 +157,9 @@ class Watch:
             return
         step, folder = found
         state = self.roles.load(folder)
-        epoch, taken = state["prompts"]
-        self.prompts.position = (epoch, taken)
         self.controls.load(state)
         self.job.rewind(step)
         self.roles.sync_weights(version=step)
+        self.batches.load(state)
         self.first_step = step
 

@@ -129,9 +129,10 @@ class AlgorithmConfig(Config):
     kl_horizon: int = Field(10_000, ge=1)
     """Responses over which `kl_coef` follows the drift."""
 
-    off_policy: Literal["none", "token", "sequence", "mask", "sequence_mask"] = "none"
+    off_policy: Literal["none", "token", "sequence", "mask", "sequence_mask"] | None = None
     """Correction for responses sampled by an older or a numerically different policy: importance weights by `token` or
-    `sequence`, cut at `off_policy_high`, or a `mask` over tokens (IcePop) or sequences outside the bounds."""
+    `sequence`, cut at `off_policy_high`, or a `mask` over tokens (IcePop) or sequences outside the bounds. Null:
+    `token` where max_policy_lag is above 0, else `none`."""
 
     off_policy_low: float = Field(0.5, ge=0, le=1)
     """Least ratio of learner to sampler that a mask keeps."""
@@ -206,6 +207,16 @@ class PtxConfig(Config):
     """Tokens per row."""
 
 
+class PPORolloutConfig(RolloutConfig):
+    cut_tail: bool = False
+    """Train on the responses that are done first, not on those begun first: long ones are carried over to later steps,
+    as far as max_policy_lag allows. Needs max_policy_lag above 0."""
+
+    keep_cache: bool = False
+    """Responses under way when the weights change keep the keys and values that the old weights computed. It saves
+    computing them again; what is sampled then is of no policy exactly."""
+
+
 class EvalConfig(Config):
     prompts: Path | None = None
     """Held-out prompts for the periodic evaluation; null for none."""
@@ -243,9 +254,15 @@ class PPOConfig(JobConfig):
     samples_per_prompt: int = Field(1, ge=1)
     """Responses sampled for each prompt."""
 
+    max_policy_lag: int = Field(0, ge=0)
+    """Policy updates that a response may be older than the update which trains on it. 0: sampling and learning take
+    turns; 1: the next step is sampled while this one is learned; more: further ahead. Weights change under way, between
+    two tokens."""
+
     max_logprob_mismatch: float = Field(0.05, gt=0)
-    """Stop when the sampler's and the learner's log-probabilities of the same tokens differ by more than this on
-    average, in nats: the weights are then not in step. Below 1e-4 in float32, about 0.02 in bfloat16."""
+    """Stop when the sampler's and the learner's log-probabilities of the same tokens under the same weights differ by
+    more than this on average, in nats: the weights are then not in step. Below 1e-4 in float32, about 0.02 in
+    bfloat16."""
 
     algorithm: AlgorithmConfig = AlgorithmConfig()
     shaping: ShapingConfig = ShapingConfig()
@@ -259,7 +276,7 @@ class PPOConfig(JobConfig):
     )
     reference: ReferenceConfig = ReferenceConfig()
     reward: RewardActorsConfig = RewardActorsConfig()
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: PPORolloutConfig = PPORolloutConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
 
@@ -267,6 +284,11 @@ class PPOConfig(JobConfig):
     def critic_start(self) -> Path:
         """Folder that the critic starts from."""
         return self.critic.model or self.reward_model or self.model
+
+    @property
+    def off_policy(self) -> str:
+        """The off-policy correction of this run."""
+        return self.algorithm.off_policy or ("token" if self.max_policy_lag else "none")
 
     @property
     def learner_ranks(self) -> dict[str, int]:
@@ -321,6 +343,8 @@ class PPOConfig(JobConfig):
             raise ValueError(
                 f"shaping.normalize={self.shaping.normalize} would move the scale of an environment's turns; set none"
             )
+        if self.rollout.cut_tail and not self.max_policy_lag:
+            raise ValueError("rollout.cut_tail=true carries responses over to later steps: set max_policy_lag above 0")
         groups = {
             f"algorithm.advantage={self.algorithm.advantage}": self.algorithm.estimator.needs_groups,
             "shaping.normalize=group": self.shaping.normalize == "group",

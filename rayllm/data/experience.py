@@ -28,6 +28,7 @@ class Experience:
     attention_mask: torch.Tensor  # (B, T) bool, True on real tokens
     action_mask: torch.Tensor  # (B, T) bool, True on tokens sampled by the policy
     rollout_logprobs: torch.Tensor  # (B, T) nats, from the sampling engine
+    policy_versions: torch.Tensor  # (B, T) int32, policy updates in the weights that sampled the token
     prompt_ids: torch.Tensor  # (B,) int64, equal for samples of the same prompt
     stopped: torch.Tensor  # (B,) bool, the model ended its turn by itself
     turn_rewards: torch.Tensor | None = None  # (B, T) from an environment: on a turn's last token, 0 elsewhere

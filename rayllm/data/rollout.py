@@ -22,9 +22,6 @@ class SampledTurn:
     reward: float
     """What the environment gave for this turn."""
 
-    policy_version: int
-    """Number of policy updates in the weights that sampled its first token."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
@@ -50,14 +47,15 @@ class Rollout:
     last turn is told about, also "max_turns" and "max_model_len": the model ended its turn and the environment was not
     done, but there was no turn or no room left."""
 
-    policy_version: int
-    """Number of policy updates in the weights that sampled its first token."""
+    policy_versions: tuple[int, ...]
+    """Number of policy updates in the weights that sampled each token; they may change on the way."""
 
     turns: tuple[SampledTurn, ...] = ()
     """The policy's turns in order; none without an environment: all of ``token_ids`` is sampled then."""
 
     def __post_init__(self) -> None:
         assert len(self.logprobs) == sum(self.sampled), "one log-probability for each sampled token"
+        assert len(self.policy_versions) == len(self.logprobs), "one policy version for each sampled token"
 
     @property
     def stopped(self) -> bool:
@@ -86,6 +84,7 @@ def collate(rollouts: list[Rollout], *, pad_token_id: int) -> Experience:
     attention_mask = torch.zeros(shape, dtype=torch.bool)
     action_mask = torch.zeros(shape, dtype=torch.bool)
     rollout_logprobs = torch.zeros(shape, dtype=torch.float32)
+    policy_versions = torch.zeros(shape, dtype=torch.int32)
     turn_rewards = torch.zeros(shape, dtype=torch.float32)
     for row, rollout in enumerate(rollouts):
         start = len(rollout.prompt_token_ids)
@@ -94,6 +93,7 @@ def collate(rollouts: list[Rollout], *, pad_token_id: int) -> Experience:
         attention_mask[row, :end] = True
         action_mask[row, start:end] = torch.tensor(rollout.sampled)
         rollout_logprobs[row, action_mask[row]] = torch.tensor(rollout.logprobs)
+        policy_versions[row, action_mask[row]] = torch.tensor(rollout.policy_versions, dtype=torch.int32)
         for turn in rollout.turns:
             turn_rewards[row, start + turn.end - 1] = turn.reward
     return Experience(
@@ -101,6 +101,7 @@ def collate(rollouts: list[Rollout], *, pad_token_id: int) -> Experience:
         attention_mask=attention_mask,
         action_mask=action_mask,
         rollout_logprobs=rollout_logprobs,
+        policy_versions=policy_versions,
         prompt_ids=torch.tensor([r.prompt_id for r in rollouts]),
         stopped=torch.tensor([r.stopped for r in rollouts]),
         turn_rewards=turn_rewards if with_environment else None,

@@ -148,6 +148,11 @@ def count_stored_parameters(path: Path) -> int:
     return total
 
 
+def vocabulary_size(path: Path) -> int:
+    """Rows of the model's embedding."""
+    return int(AutoConfig.from_pretrained(str(path)).vocab_size)
+
+
 def max_positions(path: Path) -> int:
     """Longest sequence that the model takes, in tokens."""
     return int(AutoConfig.from_pretrained(str(path)).max_position_embeddings)

@@ -55,7 +55,7 @@ def shards(num_shards: int, *, seed: int = 0, rows: int = ROWS, backwards: bool 
                 token_ids=tuple(rng.integers(3, 300, size=length).tolist()),
                 logprobs=(-1.0,) * length,
                 finish_reason="length" if row == 5 else "stop",
-                policy_version=0,
+                policy_versions=(0,) * length,
             )
         )
     rollouts = rollouts[:rows][:: -1 if backwards else 1]
@@ -291,7 +291,7 @@ def scored(prompt_ids, rewards):
     rollouts = [
         Rollout(
             prompt_id=prompt, prompt_token_ids=(5,), token_ids=(10 + index,), logprobs=(-1.0,), finish_reason="stop",
-            policy_version=0,
+            policy_versions=(0,),
         )
         for index, prompt in enumerate(prompt_ids)
     ]  # fmt: skip

@@ -34,9 +34,9 @@ class ProbedActor(RolloutActor):
 
         self._engine._llm.step = fail
 
-    async def generate_and_update(self, prompts, bundle, **sampling):
+    async def generate_and_update(self, prompts, bundle, keep_cache=False, **sampling):
         task = await self._start(prompts, **sampling)
-        await self.update_weights(bundle)
+        await self.update_weights(bundle, keep_cache=keep_cache)
         return await task
 
     async def unfinished_after_cancel(self, prompts, **sampling) -> int:
@@ -185,7 +185,7 @@ def test_logprobs_and_greedy_tokens_follow_ten_updates(local_ray, actor, models,
             rollouts = generate(local_ray, actor, prompts, temperature=temperature, step=update)
             difference = logprob_differences(models[serving], rollouts, temperature=temperature)
             assert difference.mean() < TOLERANCE, (update, temperature)
-            assert {r.policy_version for r in rollouts} == {update}
+            assert {v for r in rollouts for v in r.policy_versions} == {update}
         rollouts = generate(local_ray, actor, prompts, temperature=0, num_samples=1)
         assert [r.token_ids for r in rollouts] == greedy[serving], update
         # A greedy token's log-probability is that of temperature 1.
@@ -200,8 +200,9 @@ def test_load_from_disk_and_a_plain_bundle_serve_the_same(
     from_disk = generate(local_ray, actor, prompts)
     assert local_ray.get(actor.update_weights.remote(bundles[1])) == 1
     from_bundle = generate(local_ray, actor, prompts)
-    assert [r.policy_version for r in from_disk] == [7] * 8
-    assert [dataclasses.replace(r, policy_version=1) for r in from_disk] == from_bundle
+    assert {v for r in from_disk for v in r.policy_versions} == {7}
+    assert {v for r in from_bundle for v in r.policy_versions} == {1}
+    assert [(r.token_ids, r.logprobs) for r in from_disk] == [(r.token_ids, r.logprobs) for r in from_bundle]
 
 
 def test_tokens_do_not_depend_on_order_batch_or_actor(local_ray, actor, mortal, prompts):
@@ -311,9 +312,37 @@ def test_responses_under_way_go_on_with_the_new_weights(local_ray, actor, models
         # The tokens before some place are of the old weights, all that follow are of the new ones.
         place = next((t for t, old in enumerate(under_old.tolist()) if not old), len(under_old))
         assert under_new[place:].all()
-        assert rollout.policy_version == (0 if place else 1)
+        assert rollout.policy_versions == (0,) * place + (1,) * (len(under_old) - place)
         changed += 0 < place < len(under_old)
     assert changed
+
+
+def test_a_kept_cache_serves_only_what_was_under_way(local_ray, actor, models, bundles, prompts):
+    sampling = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 400, "step": 1}
+    rollouts = local_ray.get(
+        actor.generate_and_update.remote(prompts, bundles[1], keep_cache=True, **sampling)
+    )
+    mixed = [rollout for rollout in rollouts if set(rollout.policy_versions) == {0, 1}]
+    assert mixed
+    for rollout in mixed:
+        place = rollout.policy_versions.index(1)
+        assert (logprob_differences(models[0], [rollout], temperature=1.0)[:place] < 1e-3).all()
+        # Keys and values of the old weights under the new ones: of neither model.
+        assert logprob_differences(models[1], [rollout], temperature=1.0)[place:].mean() > 1e-2
+    fresh = generate(local_ray, actor, prompts)
+    assert {version for rollout in fresh for version in rollout.policy_versions} == {1}
+    assert logprob_differences(models[1], fresh, temperature=1.0).mean() < TOLERANCE
+
+
+def test_a_sync_proves_which_weights_serve(local_ray, actor, models, bundles):
+    ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
+    for bundle, model in ((bundles[1], models[1]), (bundles[1], models[1]), (bundles[0], models[0])):
+        version, logprobs = local_ray.get(actor.sync.remote(bundle, probe=text))
+        with torch.no_grad():
+            expected = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+        expected = expected.gather(1, torch.tensor(text)[1:, None])[:, 0]
+        assert version == bundle.version and len(logprobs) == len(text) - 1
+        assert (torch.tensor(logprobs) - expected).abs().max() < TOLERANCE
 
 
 def test_the_stop_token_is_kept_with_its_logprob(local_ray, actor, models, bundles, prompts, stops):
@@ -325,7 +354,7 @@ def test_the_stop_token_is_kept_with_its_logprob(local_ray, actor, models, bundl
         assert not set(rollout.token_ids[:-1]) & set(stops)
         assert rollout.stopped == (rollout.token_ids[-1] in stops)
         assert rollout.stopped or len(rollout.token_ids) == 40
-        assert rollout.policy_version == 1
+        assert set(rollout.policy_versions) == {1}
     assert logprob_differences(models[1], rollouts, temperature=1.0).max() < TOLERANCE
 
 

@@ -29,7 +29,7 @@ def test_grpo_with_all_that_it_can_have(tiny_run, tmp_path):
         "algorithm.kl_estimator=k3", "algorithm.kl_target=0.5", "algorithm.off_policy=token",
         "shaping.normalize=running", "shaping.resample_rounds=1", "algorithm.entropy_coef=0.001",
         f"ptx.documents={world / 'documents.parquet'}", f"eval.documents={world / 'heldout_documents.parquet'}",
-        "reference.update_every=1", "reference.ema=0.5",
+        "reference.update_every=1", "reference.ema=0.5", "max_policy_lag=1", "rollout.cut_tail=true",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     start, *steps = events(tmp_path)
@@ -37,8 +37,10 @@ def test_grpo_with_all_that_it_can_have(tiny_run, tmp_path):
     for metrics in steps:
         assert metrics["loss/ptx"] > 0 and metrics["objective/kl_coef"] > 0
         assert "loss/value" not in metrics
-        assert metrics["rollout/logprob_mismatch"] <= metrics["rollout/logprob_mismatch_max"] < 1e-3
-        assert 0 <= metrics["rollout/logprob_mismatch_kl"] < 1e-5
+        assert metrics.get("rollout/logprob_mismatch", 0) <= metrics.get("rollout/logprob_mismatch_max", 0) < 1e-3
+        assert 0 <= metrics.get("rollout/logprob_mismatch_kl", 0) < 1e-5
+    assert steps[0]["off_policy/lag_max"] == 0 and "rollout/logprob_mismatch" in steps[0]
+    assert steps[1]["off_policy/lag_max"] == 1 and steps[1]["off_policy/difference"] > 0
     assert not (tmp_path / "critic").exists()
     assert (tmp_path / "checkpoints/step-000002/reference/model.safetensors").is_file()
 

@@ -196,7 +196,7 @@ def rollout(prompt_id, prompt, response, stopped=True):
         token_ids=tuple(response),
         logprobs=tuple(-0.5 for _ in response),
         finish_reason="stop" if stopped else "length",
-        policy_version=0,
+        policy_versions=tuple(range(len(response))),
     )
 
 
@@ -206,6 +206,7 @@ def test_collate_aligns_every_field_to_the_sequence():
     assert batch.attention_mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert batch.action_mask.tolist() == [[False, False, True, True], [False, True, False, False]]
     assert batch.rollout_logprobs.tolist() == [[0, 0, -0.5, -0.5], [0, -0.5, 0, 0]]
+    assert batch.policy_versions.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
     assert batch.prompt_ids.tolist() == [7, 8] and batch.stopped.tolist() == [True, False]
 
 
@@ -231,12 +232,12 @@ def conversation(prompt, parts, rewards):
     tokens, turns, logprobs = [], [], []
     for ids, sampled in parts:
         if sampled:
-            turns.append(SampledTurn(start=len(tokens), end=len(tokens) + len(ids), reward=rewards[len(turns)], policy_version=len(turns)))
+            turns.append(SampledTurn(start=len(tokens), end=len(tokens) + len(ids), reward=rewards[len(turns)]))
             logprobs += [-0.1 * token for token in ids]
         tokens += ids
     return Rollout(
         prompt_id=4, prompt_token_ids=tuple(prompt), token_ids=tuple(tokens), logprobs=tuple(logprobs),
-        finish_reason="max_turns", policy_version=0, turns=tuple(turns),
+        finish_reason="max_turns", policy_versions=(0,) * len(logprobs), turns=tuple(turns),
     )  # fmt: skip
 
 

@@ -1,0 +1,124 @@
+"""What the steps of an RL run train on: rollouts under way, as far ahead of the learner as the config allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.reward import RewardActor
+from actors.rollout import RolloutActor
+from jobs.ppo_roles import Roles
+from rayllm.config.ppo import PPOConfig
+from rayllm.data.prompts import PromptData, PromptStream
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Whole prompts that are sampled and scored together."""
+
+    step: int
+    """The step that their prompts were drawn for: with the prompts it decides the seeds."""
+
+    prompt_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """A part under way."""
+
+    part: Part
+    version: int
+    """Policy updates in the weights when it was begun."""
+
+    experience: ray.ObjectRef
+    rewards: ray.ObjectRef
+
+
+class Batches:
+    """Shards of rollouts, begun in the order of the prompts and handed out step by step.
+
+    As many are under way as ``max_policy_lag`` allows: none is trained on more than that many updates after it was
+    begun. A prompt that was taken from the stream is trained on once: what is under way is part of the `state`, and is
+    begun again when a run continues.
+    """
+
+    def __init__(self, roles: Roles, prompts: PromptData, config: PPOConfig) -> None:
+        self.roles, self.prompts, self.config = roles, prompts, config
+        self.stream = PromptStream(len(prompts), seed=config.seed)
+        count = config.num_shards
+        # Where the tail is cut, half a step less: room for the late ones to be taken a step later.
+        self._capacity = count * (config.max_policy_lag + 1) - (count // 2 if config.rollout.cut_tail else 0)
+        self._drawn = 0
+        """Steps whose prompts were drawn."""
+        self._waiting: list[Part] = []
+        self._ahead: list[Shard] = []
+
+    def take(self, step: int) -> tuple[list[Any], list[Any]]:
+        """References of the step's experience and rewards, shard by shard. Later ones are begun as well."""
+        room = self._capacity - len(self._ahead)
+        while len(self._waiting) < room and self._drawn < self.config.num_steps:
+            self._waiting += self._draw()
+        self._ahead += self._begin(self._waiting[:room], version=step)
+        self._waiting = self._waiting[room:]
+        count = self.config.num_shards
+        if self.config.rollout.cut_tail:
+            self._sort_by_completion(step, count)
+        taken, self._ahead = self._ahead[:count], self._ahead[count:]
+        return [shard.experience for shard in taken], [shard.rewards for shard in taken]
+
+    def more(self, counts: list[int], step: int) -> list[Any]:
+        """References of experience on fresh prompts, one shard for each count."""
+        return self._sample([self.stream.take(count) for count in counts], step)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: how far the prompts are used, and what is under way."""
+        parts = [*(shard.part for shard in self._ahead), *self._waiting]
+        return {
+            "prompts": list(self.stream.position),
+            "drawn": self._drawn,
+            "ahead": [[part.step, part.prompt_ids] for part in parts],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on after a checkpoint."""
+        epoch, taken = state["prompts"]
+        self.stream.position = (epoch, taken)
+        self._drawn = state["drawn"]
+        self._waiting = [Part(step, prompt_ids) for step, prompt_ids in state["ahead"]]
+
+    def _draw(self) -> list[Part]:
+        """The next step's prompts."""
+        prompt_ids = self.stream.take(self.config.prompts_per_step)
+        size = len(prompt_ids) // self.config.num_shards
+        parts = [Part(self._drawn, prompt_ids[start : start + size]) for start in range(0, len(prompt_ids), size)]
+        self._drawn += 1
+        return parts
+
+    def _begin(self, parts: list[Part], *, version: int) -> list[Shard]:
+        shards = []
+        for step in dict.fromkeys(part.step for part in parts):
+            of_step = [part for part in parts if part.step == step]
+            references = self._sample([part.prompt_ids for part in of_step], step)
+            rewards = self.roles.reward.map(RewardActor.rewards, references)
+            shards += [Shard(p, version, e, r) for p, e, r in zip(of_step, references, rewards, strict=True)]
+        return shards
+
+    def _sample(self, parts: list[list[int]], step: int) -> list[ray.ObjectRef]:
+        return self.roles.dispatcher.submit(
+            RolloutActor.experience, parts, tokens=[self._tokens(part) for part in parts], step=step
+        )
+
+    def _tokens(self, prompt_ids: list[int]) -> int:
+        """Tokens of these prompts and their longest responses; an environment's prompts are not known before."""
+        config = self.config
+        prompt = sum(len(self.prompts.token_ids[index]) for index in prompt_ids) if self.prompts.token_ids else 0
+        return (prompt + len(prompt_ids) * config.rollout.max_new_tokens) * config.samples_per_prompt
+
+    def _sort_by_completion(self, step: int, count: int) -> None:
+        """To the front: what may not get older, then what is done first; ``count`` of them are done or must be."""
+        done, _ = ray.wait([s.experience for s in self._ahead], num_returns=count, fetch_local=False)
+        order = {reference: place for place, reference in enumerate(done)}
+        oldest = step - self.config.max_policy_lag
+        self._ahead.sort(key=lambda s: (s.version > oldest, order.get(s.experience, len(order))))

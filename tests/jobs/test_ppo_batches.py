@@ -1,0 +1,132 @@
+"""What the steps of a run train on: the order of prompts, how far ahead, who samples. Real Ray, actors without models."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+from actors.fleet import Dispatcher, generate
+from actors.group import ActorGroup, Role
+from actors.rollout import RolloutActor
+from jobs.ppo_batches import Batches
+from rayllm.config.base import load_config
+from rayllm.config.ppo import PPOConfig
+from rayllm.data.prompts import PromptData, PromptStream
+
+NUM_PROMPTS, STEPS = 20, 9
+SLOW = 3
+"""The prompt with this id takes long."""
+
+
+class Sampler:
+    """Takes the place of a rollout actor: tells what it was asked, and under which weights."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.version = rank, 0
+
+    def set_version(self, version: int) -> None:
+        self.version = version
+
+    def experience(self, prompt_ids, *, step):
+        time.sleep(0.3 if SLOW in prompt_ids else 0.0)
+        return {"prompts": prompt_ids, "step": step, "version": self.version, "rank": self.rank}
+
+    def generate(self, prompts, *, num_samples, temperature, max_new_tokens, step):
+        time.sleep(0.5 if (self.rank, step) == (0, 1) else 0.01)
+        return [(prompt_id, self.rank) for prompt_id, _ in prompts]
+
+
+class Scorer:
+    def rewards(self, shard):
+        return shard["prompts"]
+
+
+@pytest.fixture(scope="module")
+def groups(local_ray):
+    sampler = ActorGroup(Role("rollout", 2, 0.1, 0), Sampler, lambda rank: {"rank": rank})
+    scorer = ActorGroup(Role("reward", 1, 0.1, 0), Scorer, lambda rank: {})
+    yield sampler, scorer
+    for group in (sampler, scorer):
+        group.stop()
+
+
+@pytest.fixture
+def make(groups, tmp_path):
+    """Batches over two samplers, from a few settings."""
+    sampler, scorer = groups
+    sampler.call(Sampler.set_version, 0)
+
+    def batches(*settings: str) -> Batches:
+        keys = [f"run_dir={tmp_path}", "model=m", "reward_model=r", "prompts=p", "prompts_per_step=4",
+                f"num_steps={STEPS}", "rollout.num_actors=2"]  # fmt: skip
+        config = load_config(PPOConfig, None, [*keys, *settings]).config
+        roles = SimpleNamespace(rollout=sampler, reward=scorer, dispatcher=Dispatcher(sampler))
+        return Batches(roles, PromptData([{}] * NUM_PROMPTS, [[1]] * NUM_PROMPTS, {}), config)
+
+    return batches
+
+
+def train(batches: Batches, steps: range) -> list[dict]:
+    """Take and "learn" steps; returns what the shards tell, with the step that trained on them."""
+    found = []
+    for step in steps:
+        shards, rewards = batches.take(step)
+        told = ray.get(shards)
+        assert ray.get(rewards) == [shard["prompts"] for shard in told]
+        batches.roles.rollout.call(Sampler.set_version, step + 1)
+        found += [shard | {"trained": step} for shard in told]
+    return found
+
+
+def prompts_of(shards: list[dict]) -> list[int]:
+    return [prompt for shard in shards for prompt in shard["prompts"]]
+
+
+def expected_prompts() -> list[int]:
+    stream = PromptStream(NUM_PROMPTS, seed=0)
+    return [prompt for _ in range(STEPS) for prompt in stream.take(4)]
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_prompts_come_in_order_and_no_older_than_the_bound(make, lag):
+    shards = train(make(f"max_policy_lag={lag}"), range(STEPS))
+    assert prompts_of(shards) == expected_prompts()
+    assert [shard["step"] for shard in shards] == [shard["trained"] for shard in shards]
+    assert max(shard["trained"] - shard["version"] for shard in shards) == lag
+
+
+@pytest.mark.parametrize("cut_tail", ["false", "true"])
+def test_every_prompt_is_trained_on_once_whatever_happens(make, cut_tail):
+    """Shards with a slow prompt are carried over, a run is cut off and continued: nothing is lost, nothing twice."""
+    settings = ("max_policy_lag=2", f"rollout.cut_tail={cut_tail}")
+    first = make(*settings)
+    shards = train(first, range(4))
+    second = make(*settings)
+    second.load(first.state())
+    shards += train(second, range(4, STEPS))
+    assert sorted(prompts_of(shards)) == sorted(expected_prompts())
+    assert all(shard["trained"] - shard["version"] <= 2 for shard in shards)
+    overtook = any(shard["trained"] < shard["step"] for shard in shards)
+    assert overtook == (cut_tail == "true")
+
+
+def test_work_goes_to_the_actor_with_the_fewest_tokens_before_it(make):
+    roles = make().roles
+    work, tokens = [[0], [SLOW], [1], [2]], [10, 100, 10, 20]
+    found = ray.get(roles.dispatcher.submit(RolloutActor.experience, work, tokens=tokens, step=0))
+    assert [shard["prompts"] for shard in found] == work
+    assert [shard["rank"] for shard in found] == [1, 0, 1, 1]
+
+
+def test_the_actor_that_is_done_first_gets_the_next_prompts(make):
+    prompts = [(index, [1]) for index in range(2_000)]
+    done: list[int] = []
+    found = generate(
+        make().roles.rollout, prompts, num_samples=1, temperature=1.0, max_new_tokens=1, step=1, on_done=done.append
+    )
+    assert [index for index, _ in found] == list(range(2_000))
+    assert sum(rank == 0 for _, rank in found) < 500
+    assert done == sorted(done) and done[-1] == 2_000
