@@ -182,9 +182,25 @@ MORE_FIGURES: tuple[FigureSpec, ...] = (
             PanelSpec(
                 "rollout mismatch",
                 (("rollout/logprob_mismatch", ""),),
-                "Mean difference of log-probabilities between the sampler and the trainer; should be near 0.",
+                "Mean difference of log-probabilities between the sampler and the trainer under the same weights; "
+                "should be near 0.",
             ),
-            *_OPTIMIZER,
+            PanelSpec(
+                "age of the responses",
+                (("off_policy/lag", "mean"), ("off_policy/lag_max", "oldest")),
+                "Policy updates between sampling a token and training on it; bounded by max_policy_lag.",
+            ),
+            PanelSpec(
+                "gradient norm",
+                (("policy/grad_norm", "policy"), ("critic/grad_norm", "critic")),
+                "Norm of the gradient before clipping.",
+            ),
+            PanelSpec(
+                "learning rate",
+                (("policy/lr", "policy"), ("critic/lr", "critic")),
+                "Step size of the optimizers.",
+            ),
+            PanelSpec("seconds per step", (("time/step", ""),), "Sampling, scoring, update and sync."),
         ),
     ),
 )
