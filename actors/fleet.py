@@ -34,7 +34,13 @@ def start_rollout_actors(
     config: RolloutConfig, model: Path, *, seed: int, environment: EnvironmentConfig = EnvironmentConfig()
 ) -> ActorGroup[RolloutActor]:
     """Start the engines on a model folder; all sample with one seed, so that it does not matter who gets a prompt."""
-    arguments = {"model_dir": str(model), "engine": config.engine, "seed": seed, "environment": environment}
+    arguments = {
+        "model_dir": str(model),
+        "engine": config.engine,
+        "seed": seed,
+        "environment": environment,
+        "ignore_stop": config.ignore_stop,
+    }
     return ActorGroup(rollout_role(config), RolloutActor, lambda rank: arguments)
 
 

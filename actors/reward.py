@@ -1,7 +1,10 @@
-"""What scores responses: a reward model, or the toy world's own judge. One number per response."""
+"""What scores responses: a reward model, the toy world's own judge, or a function of the user's. One number each."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +15,9 @@ from rayllm.algorithms.advantages import has_signal
 from rayllm.algorithms.rewards import RunningMoments, standardize
 from rayllm.data.experience import Experience, concat
 from rayllm.data.files import Row
+from rayllm.errors import InputError
 from rayllm.models.heads import ScalarModel, sequence_rewards
+from rayllm.named import import_named
 
 
 class RewardSource:
@@ -26,8 +31,7 @@ class RewardSource:
         """(B,) float32: those that the shard brings, or else its scores and what its turns earned."""
         if shard.rewards is not None:
             return shard.rewards
-        scores = self.score(shard)
-        return scores if shard.turn_rewards is None else scores + shard.turn_rewards.sum(1)
+        return with_turns(self.score(shard), shard)
 
     @staticmethod
     def moments(rewards: torch.Tensor) -> RunningMoments:
@@ -105,9 +109,100 @@ class GoldRewardActor(RewardSource):
         return torch.tensor(scores)
 
 
+class FunctionRewardActor(RewardSource):
+    """Scores responses with a Python function ``f(prompts, responses, token_ids, rows)``, plain or async, which returns
+    a number for each response.
+
+    ``prompts`` are text as the model reads it, special tokens included; ``responses`` are text without them;
+    ``token_ids`` are the tokens that the policy sampled; ``rows`` are the prompts' rows, with all their columns.
+    """
+
+    def __init__(self, *, function: str, tokenizer: str, rows: list[Row]) -> None:
+        """
+        Args:
+            function: ``module:name``.
+            tokenizer: model folder.
+            rows: of the training prompts; a shard's prompt ids are indices into them.
+        """
+        from rayllm.models.loading import load_tokenizer
+
+        device_of()
+        self.name = function
+        self.function = load_reward_function(function)
+        self.tokenizer: Any = load_tokenizer(tokenizer)
+        self.rows = rows
+        self.runner = asyncio.Runner()  # one loop for all calls: what the function keeps open stays of use
+
+    def score(self, shard: Experience) -> torch.Tensor:
+        """(B,) float32, as the function returns them.
+
+        Raises:
+            RuntimeError: the function raised, or returned something else than a finite number for each response.
+        """
+        return self._score(shard, self.rows)
+
+    def held_out_rewards(self, shard: Experience, rows: list[Row]) -> torch.Tensor:
+        """``rewards`` of responses to other prompts than the training ones; prompt ids are indices into ``rows``."""
+        return with_turns(self._score(shard, rows), shard)
+
+    def _score(self, shard: Experience, rows: list[Row]) -> torch.Tensor:
+        firsts = shard.action_mask.int().argmax(1).tolist()
+        prompts = [ids[:first].tolist() for ids, first in zip(shard.sequences, firsts, strict=True)]
+        token_ids = [ids[mask].tolist() for ids, mask in zip(shard.sequences, shard.action_mask, strict=True)]
+        responses = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in token_ids]
+        chosen = [rows[prompt_id] for prompt_id in shard.prompt_ids.tolist()]
+        try:
+            found = self.function([self.tokenizer.decode(ids) for ids in prompts], responses, token_ids, chosen)
+            if inspect.isawaitable(found):
+                found = self.runner.run(_result(found))
+        except Exception as error:
+            raise RuntimeError(f"reward.function={self.name} raised {type(error).__name__}: {error}") from error
+        return checked_rewards(found, count=len(shard), name=self.name)
+
+
 class EnvironmentRewardActor(RewardSource):
     """Nothing but what the environment's turns earned."""
 
     def score(self, shard: Experience) -> torch.Tensor:
         """(B,) zeros."""
         return torch.zeros(len(shard))
+
+
+def with_turns(scores: torch.Tensor, shard: Experience) -> torch.Tensor:
+    """(B,) scores and, on top, what the turns earned."""
+    return scores if shard.turn_rewards is None else scores + shard.turn_rewards.sum(1)
+
+
+def load_reward_function(path: str) -> Callable[..., Any]:
+    """The function that ``module:name`` names.
+
+    Raises:
+        InputError: it cannot be imported or called.
+    """
+    found = import_named(path, what="reward.function")
+    if not callable(found):
+        raise InputError(f"reward.function: {path} is {found!r:.60}, expected a function")
+    return found
+
+
+def checked_rewards(found: Sequence[float], *, count: int, name: str) -> torch.Tensor:
+    """(count,) float32 on the CPU: what the function ``name`` returned.
+
+    Raises:
+        RuntimeError: it is no sequence of ``count`` finite numbers.
+    """
+    expected = f"expected a sequence of {count} finite numbers, one a response"
+    try:
+        rewards = torch.as_tensor(found, dtype=torch.float32).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise RuntimeError(f"reward.function={name} returned {found!r:.80}, {expected}") from None
+    if rewards.shape != (count,):
+        raise RuntimeError(f"reward.function={name} returned the shape {tuple(rewards.shape)}, {expected}")
+    if not rewards.isfinite().all():
+        place = int(rewards.isfinite().logical_not().nonzero()[0])
+        raise RuntimeError(f"reward.function={name} returned {float(rewards[place])} for response {place}, {expected}")
+    return rewards
+
+
+async def _result(awaitable: Any) -> Any:
+    return await awaitable

@@ -53,6 +53,7 @@ class RolloutActor:
             given here.
         seed: of the sampling. Actors that serve one run get the same one.
         environment: what the policy converses with; without a name, prompts get single responses.
+        ignore_stop: nothing but ``max_new_tokens`` ends a response.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class RolloutActor:
         engine: dict[str, Any],
         seed: int,
         environment: EnvironmentConfig = EnvironmentConfig(),
+        ignore_stop: bool = False,
     ) -> None:
         set_environment()
         from rayllm.data.tokenizer import stop_token_ids
@@ -72,7 +74,8 @@ class RolloutActor:
         self._pad_token_id = int(tokenizer.pad_token_id)
         self._prompts: list[Any] = []
         self._sampling: dict[str, Any] = {}
-        self._engine = VllmEngine(model_dir, stop_token_ids=stop_token_ids(tokenizer), overrides=engine)
+        stops = [] if ignore_stop else stop_token_ids(tokenizer)
+        self._engine = VllmEngine(model_dir, stop_token_ids=stops, overrides=engine)
         self._conversations: Conversations | None = None
         if environment.name is not None:
             self._conversations = Conversations(environment, self._engine, tokenizer, where=model_dir)

@@ -116,7 +116,7 @@ class VllmEngine:
 
     Args:
         model_dir: local Hugging Face folder with safetensors weights.
-        stop_token_ids: tokens that end a response.
+        stop_token_ids: tokens that end a response; without any, nothing but its length does.
         overrides: EngineArgs by vLLM's own names, over ``default_engine_args``.
 
     Raises:
@@ -150,6 +150,7 @@ class VllmEngine:
         self._sampling_params = SamplingParams
         self._sampling: dict[str, Any] = {
             "stop_token_ids": stop_token_ids,
+            "ignore_eos": not stop_token_ids,  # and no min_tokens, which would change the log-probabilities
             "logprobs": 0,  # the sampled token's only
             "detokenize": False,
             "output_kind": RequestOutputKind.FINAL_ONLY,

@@ -17,7 +17,7 @@ from rich.console import Console
 from actors.group import collect
 from actors.placement import check_capacity, describe
 from actors.policy import PolicyActor
-from actors.reward import RewardActor
+from actors.reward import RewardActor, load_reward_function
 from jobs.judging import check_world_rows
 from jobs.ppo_batches import Batches
 from jobs.ppo_roles import Roles
@@ -111,6 +111,8 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
                       ("ptx.documents", config.ptx.documents), ("eval.documents", config.eval.documents)):  # fmt: skip
         if path is not None:
             check_data_file(path, key=key)
+    if config.reward.function is not None:
+        load_reward_function(config.reward.function)
     job = Run("ppo", loaded)
     if job.done:
         return job

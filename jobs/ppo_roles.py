@@ -14,7 +14,7 @@ from actors.fleet import Dispatcher, probe_tokens, rollout_role, start_rollout_a
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
-from actors.reward import EnvironmentRewardActor, GoldRewardActor, RewardActor
+from actors.reward import EnvironmentRewardActor, FunctionRewardActor, GoldRewardActor, RewardActor
 from actors.rollout import RolloutActor
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
@@ -189,9 +189,11 @@ def needs_reference(config: PPOConfig) -> bool:
 
 
 def _start_reward(config: PPOConfig, role: Role, prompts: PromptData) -> ActorGroup[Any]:
-    if config.reward.source == "gold":
-        rows = ray.put(prompts.rows)
-        return ActorGroup(role, GoldRewardActor, lambda rank: {"tokenizer": str(config.model), "rows": rows})
+    if config.reward.source in ("gold", "function"):
+        texts = {"tokenizer": str(config.model), "rows": ray.put(prompts.rows)}
+        if config.reward.source == "gold":
+            return ActorGroup(role, GoldRewardActor, lambda rank: texts)
+        return ActorGroup(role, FunctionRewardActor, lambda rank: {"function": config.reward.function, **texts})
     if config.reward.source == "environment":
         return ActorGroup(role, EnvironmentRewardActor, lambda rank: {})
     arguments = {"model": str(config.reward_model), "micro_batch_size": config.reward.micro_batch_size}

@@ -11,7 +11,7 @@ from typing import Any
 from actors.fleet import generate
 from actors.group import collect
 from actors.policy import PolicyActor
-from actors.reward import RewardActor
+from actors.reward import FunctionRewardActor, RewardActor
 from actors.rollout import RolloutActor
 from jobs.judging import judge_rollouts
 from jobs.ppo_batches import Batches
@@ -142,7 +142,12 @@ class Watch:
         figures: dict[str, float] = {}
         if self.config.reward.source != "gold":  # that knows the training prompts only; eval.judge is the same
             batch = collate(rollouts, pad_token_id=self.tokenizer.pad_token_id)
-            (rewards,) = collect(self.roles.reward.map(RewardActor.rewards, [batch]), "reward")
+            reward = self.roles.reward
+            if self.config.reward.source == "function":
+                scored = reward.map(FunctionRewardActor.held_out_rewards, [batch], [held_out.rows])
+            else:
+                scored = reward.map(RewardActor.rewards, [batch])
+            (rewards,) = collect(scored, "reward")
             figures["rewards"] = float(rewards.mean())
         if self.config.eval.judge == "gold":
             figures |= summarize(judge_rollouts(held_out.rows, rollouts, self.tokenizer))

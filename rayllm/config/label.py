@@ -29,6 +29,9 @@ class RolloutConfig(Config):
     max_new_tokens: int = Field(48, ge=1)
     """Most tokens in a response."""
 
+    ignore_stop: bool = False
+    """Sample max_new_tokens always, through end-of-turn tokens; for benchmarks."""
+
     engine: dict[str, Any] = {}
     """vLLM engine arguments by vLLM's own names, over our defaults."""
 

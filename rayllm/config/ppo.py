@@ -74,9 +74,13 @@ class ReferenceConfig(ActorsConfig):
 
 
 class RewardActorsConfig(ActorsConfig):
-    source: Literal["model", "gold", "environment"] = "model"
-    """What scores the responses: `model`, the reward model; `gold`, the toy world's exact judge; `environment`, nothing
-    but the rewards of the environment's turns, which the others get on top."""
+    source: Literal["model", "gold", "environment", "function"] = "model"
+    """What scores the responses: `model`, the reward model; `gold`, the toy world's exact judge; `function`, Python
+    code of your own; `environment`, nothing but the rewards of the environment's turns, which the others get on top."""
+
+    function: str | None = None
+    """`module:name` of the Python function that scores when source=function: f(prompts, responses, token_ids, rows)
+    returns a number for each response."""
 
 
 class AlgorithmConfig(Config):
@@ -239,7 +243,7 @@ class PPOConfig(JobConfig):
     """Model folder that policy and reference start from: the SFT model."""
 
     reward_model: Path | None = None
-    """Model folder of the reward model; the critic starts from it too. Needed unless reward.source=gold."""
+    """Model folder of the reward model; the critic starts from it too. Needed where reward.source=model."""
 
     prompts: Path | None = None
     """Prompts to learn on: Parquet or JSONL with a `prompt` column (messages or text). Needed unless an environment
@@ -330,6 +334,11 @@ class PPOConfig(JobConfig):
     def _fits_together(self) -> PPOConfig:
         if self.reward_model is None and self.reward.source == "model":
             raise ValueError("reward_model: required but not given (with reward.source=gold none is needed)")
+        if (self.reward.source == "function") != (self.reward.function is not None):
+            raise ValueError(
+                f"reward.source={self.reward.source} with reward.function={self.reward.function}: a function is named "
+                "where the source is one, as module:name, and nowhere else"
+            )
         if self.prompts is None and self.environment.name is None:
             raise ValueError("prompts: required but not given. " + PROMPTS_HELP)
         if self.reward.source == "environment" and self.environment.name is None:
@@ -338,6 +347,10 @@ class PPOConfig(JobConfig):
             raise ValueError(
                 f"algorithm.advantage={self.algorithm.advantage} compares with one greedy response; an environment "
                 "has whole conversations: use another one"
+            )
+        if self.environment.name is not None and self.rollout.ignore_stop:
+            raise ValueError(
+                "rollout.ignore_stop=true: a turn that does not end leaves the environment nothing to answer; set false"
             )
         if self.environment.name is not None and self.shaping.normalize != "none":
             raise ValueError(

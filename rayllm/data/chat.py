@@ -157,6 +157,18 @@ def conversation_problem(row: Row) -> str | None:
     return problem
 
 
+def prompt_problem(prompt: Any, *, vocab_size: int) -> str | None:
+    """What keeps ``prompt`` from being text, messages, or token ids below ``vocab_size``; or None."""
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], int):
+        return messages_problem(prompt)
+    for token in prompt:
+        if type(token) is not int:  # true and false are ints too
+            return f"a prompt of token ids holds {token!r:.60}, expected integers only"
+        if not 0 <= token < vocab_size:
+            return f"the prompt has token {token}, outside the tokenizer's vocabulary of {vocab_size}"
+    return None
+
+
 def messages_problem(messages: Any) -> str | None:
     """What keeps ``messages`` from being text or a list of role and content, or None."""
     if isinstance(messages, str):

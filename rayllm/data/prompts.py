@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rayllm.data.chat import Message, messages_problem, prompt_messages, prompt_token_ids
+from rayllm.data.chat import Message, prompt_messages, prompt_problem, prompt_token_ids
 from rayllm.data.files import Row, read_rows
 from rayllm.errors import InputError
 
@@ -25,6 +25,7 @@ class PromptData:
         return len(self.rows)
 
     def messages(self, prompt_id: int) -> list[Message]:
+        """Of a prompt that is text or messages."""
         return prompt_messages(self.rows[prompt_id]["prompt"])
 
     def text(self, prompt_id: int) -> str:
@@ -33,19 +34,22 @@ class PromptData:
 
 
 def read_prompts(path: Path, tokenizer: Any, *, max_prompt_tokens: int, limit: int | None = None) -> PromptData:
-    """Read the `prompt` column (text or messages) and encode it with the chat template.
+    """Read the `prompt` column: text or messages, encoded with the chat template, or token ids, taken as they are.
 
     Other columns are kept: reward functions and judges may need them. Prompts over ``max_prompt_tokens`` are
     dropped and counted.
 
     Raises:
-        InputError: a malformed row, or no prompt left.
+        InputError: a malformed row, an unknown token id, or no prompt left.
     """
+    vocab_size = len(tokenizer)
     rows: list[Row] = []
     token_ids: list[list[int]] = []
     dropped = 0
-    for row in read_rows(path, ["prompt"], check=lambda row: messages_problem(row["prompt"])):
-        ids = prompt_token_ids(tokenizer, prompt_messages(row["prompt"]))
+    for row in read_rows(path, ["prompt"], check=lambda row: prompt_problem(row["prompt"], vocab_size=vocab_size)):
+        prompt = row["prompt"]
+        given = not isinstance(prompt, str) and isinstance(prompt[0], int)
+        ids = list(prompt) if given else prompt_token_ids(tokenizer, prompt_messages(prompt))
         if len(ids) > max_prompt_tokens:
             dropped += 1
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 from rayllm.data.files import Row
 from rayllm.environments.base import Environment, MakesPrompts
 from rayllm.errors import InputError
+from rayllm.named import import_named
 
 KNOWN = {
     "calculator": "rayllm.environments.calculator:Calculator",
@@ -53,15 +53,12 @@ def make_prompts(make: Callable[[], Environment], num: int, *, seed: int) -> lis
 
 
 def _find_class(name: str) -> type:
-    module, colon, class_name = KNOWN.get(name, name).partition(":")
-    if not (module and colon and class_name):
+    path = KNOWN.get(name, name)
+    if ":" not in path.strip(":"):
         near = difflib.get_close_matches(name, KNOWN, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(KNOWN)}; your own: module:Class"
         raise InputError(f"environment {name!r} is unknown; {hint}")
-    try:
-        found = getattr(importlib.import_module(module), class_name, None)
-    except ImportError as error:
-        raise InputError(f"environment {name}: cannot import {module}: {error}") from error
+    found = import_named(path, what=f"environment {name}")
     if not isinstance(found, type):
-        raise InputError(f"environment {name}: module {module} has no class {class_name}")
+        raise InputError(f"environment {name}: expected a class, got {found!r:.60}")
     return found

@@ -71,7 +71,8 @@ class Prompt:
             ValueError: the row has no single user message, or another required key is missing or unknown.
         """
         messages = row.get("prompt")
-        if messages is None or len(messages) != 1 or messages[0].get("role") != "user":
+        one = isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], Mapping)
+        if messages is None or not one or messages[0].get("role") != "user":
             raise ValueError(f"row['prompt'] must be a list of one user message, got {messages!r}")
         missing = [key for key in ("kind", "family", "entity") if not row.get(key)]
         if missing:

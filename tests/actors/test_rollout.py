@@ -87,6 +87,15 @@ def mortal(local_ray, actors, tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
+def tireless(local_ray, actors, tiny_model_dir):
+    """One whose responses end by their length only."""
+    remote = local_ray.remote(RolloutActor).options(num_cpus=1)
+    handle = remote.remote(str(tiny_model_dir), engine={}, seed=SEED, ignore_stop=True)
+    yield handle
+    local_ray.kill(handle)
+
+
+@pytest.fixture(scope="module")
 def models(tiny_model_dir, other_tiny_model_dir):
     """The two models by transformers, in float32."""
     from rayllm.models.loading import load_causal_lm
@@ -356,6 +365,17 @@ def test_the_stop_token_is_kept_with_its_logprob(local_ray, actor, models, bundl
         assert rollout.stopped or len(rollout.token_ids) == 40
         assert set(rollout.policy_versions) == {1}
     assert logprob_differences(models[1], rollouts, temperature=1.0).max() < TOLERANCE
+
+
+def test_with_ignore_stop_nothing_but_the_length_ends_a_response(local_ray, actor, tireless, models, prompts, stops):
+    settings = {"num_samples": 16, "max_new_tokens": 40}
+    stopping = generate(local_ray, actor, prompts, **settings)
+    rollouts = generate(local_ray, tireless, prompts, **settings)
+    assert {(r.finish_reason, len(r.token_ids)) for r in rollouts} == {("length", 40)}
+    assert any(set(r.token_ids[:-1]) & set(stops) for r in rollouts)
+    for short, long in zip(stopping, rollouts, strict=True):  # the same samples, going on
+        assert long.token_ids[: len(short.token_ids)] == short.token_ids
+    assert logprob_differences(models[0], rollouts, temperature=1.0).max() < TOLERANCE
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_sampled(local_ray, actor, prompts):

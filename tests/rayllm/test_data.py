@@ -161,6 +161,34 @@ def test_prompts_keep_their_columns_and_count_what_is_dropped(tmp_path, tiny_tok
         read_prompts(tmp_path / "p.jsonl", tiny_tokenizer, max_prompt_tokens=3)
 
 
+def test_prompts_given_as_token_ids_are_taken_as_they_are(tmp_path, tiny_tokenizer):
+    rows = [{"prompt": [3, 1, 4], "kind": "a"}, {"prompt": [1] * 9}, {"prompt": [len(tiny_tokenizer) - 1]}]
+    as_jsonl = jsonl(tmp_path / "p.jsonl", rows)
+    write_parquet(rows, as_parquet := tmp_path / "p.parquet")
+    for path in (as_jsonl, as_parquet):
+        data = read_prompts(path, tiny_tokenizer, max_prompt_tokens=8)
+        assert data.token_ids == [[3, 1, 4], [len(tiny_tokenizer) - 1]]
+        assert data.rows[0]["kind"] == "a" and data.dropped == {"longer than 8 tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([1, 10**6], r"the prompt has token 1000000, outside the tokenizer's vocabulary of \d+$"),
+        ([1, -1], "the prompt has token -1, outside"),
+        ([1, "a"], "a prompt of token ids holds 'a', expected integers only"),
+        ([1, True], "a prompt of token ids holds True"),
+        ([True], "a prompt of token ids holds True"),
+        ([1, 2.5], "a prompt of token ids holds 2.5"),
+        ([], "expected text or a list of messages"),
+    ],
+)
+def test_a_bad_prompt_of_token_ids_is_named_by_its_line(tmp_path, tiny_tokenizer, prompt, message):
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": [1]}, {"prompt": prompt}])
+    with pytest.raises(InputError, match=f"p.jsonl:2: {message}"):
+        read_prompts(path, tiny_tokenizer, max_prompt_tokens=8)
+
+
 def test_rankings_take_sampled_ids_as_they_are_and_count_pairs(tmp_path, tiny_tokenizer):
     rows = [
         {"prompt": [USER], "responses": ["a", "b", "c"], "response_ids": [[5, 6], [7], [8]], "ranks": [1, 0, 1]},
