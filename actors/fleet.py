@@ -40,6 +40,7 @@ def start_rollout_actors(
         "seed": seed,
         "environment": environment,
         "ignore_stop": config.ignore_stop,
+        "timeout_s": config.timeout_s,
     }
     return ActorGroup(rollout_role(config), RolloutActor, lambda rank: arguments)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypedDict, TypeVar
 
 import torch
@@ -54,6 +55,7 @@ class RolloutActor:
         seed: of the sampling. Actors that serve one run get the same one.
         environment: what the policy converses with; without a name, prompts get single responses.
         ignore_stop: nothing but ``max_new_tokens`` ends a response.
+        timeout_s: seconds that a call may take; None for any number.
     """
 
     def __init__(
@@ -64,13 +66,14 @@ class RolloutActor:
         seed: int,
         environment: EnvironmentConfig = EnvironmentConfig(),
         ignore_stop: bool = False,
+        timeout_s: float | None = None,
     ) -> None:
         set_environment()
         from rayllm.data.tokenizer import stop_token_ids
         from rayllm.models.loading import load_tokenizer
 
         tokenizer = load_tokenizer(model_dir)
-        self._seed = seed
+        self._seed, self._timeout_s = seed, timeout_s
         self._pad_token_id = int(tokenizer.pad_token_id)
         self._prompts: list[Any] = []
         self._sampling: dict[str, Any] = {}
@@ -105,6 +108,7 @@ class RolloutActor:
         Raises:
             ValueError: a prompt that is empty, too long or has an unknown token, named by its id; or a setting out
                 of range. Nothing has been sampled then.
+            TimeoutError: not done in time; the engine has given the responses up.
         """
         check_sampling(num_samples=num_samples, temperature=temperature, max_new_tokens=max_new_tokens)
         for prompt_id, token_ids in prompts:
@@ -112,11 +116,12 @@ class RolloutActor:
             if problem:
                 raise ValueError(f"prompt {prompt_id} {problem}")
         samples = self._samples(prompts, num_samples, step)
-        responses = await self._engine.generate(
-            [Request(token_ids=token_ids, seed=seed) for _, token_ids, seed in samples],
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-        )
+        async with self._deadline(len(samples)):
+            responses = await self._engine.generate(
+                [Request(token_ids=token_ids, seed=seed) for _, token_ids, seed in samples],
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+            )
         return [
             Rollout(
                 prompt_id=prompt_id,
@@ -152,6 +157,7 @@ class RolloutActor:
             ValueError: a setting out of range.
             RuntimeError: the environment failed; the text names prompt and turn. The other conversations are given up:
                 a batch without the ones that break the environment would teach the policy to break it.
+            TimeoutError: as in ``generate``.
         """
         assert self._conversations is not None, "made without an environment"
         check_sampling(num_samples=num_samples, temperature=temperature, max_new_tokens=max_new_tokens)
@@ -161,10 +167,24 @@ class RolloutActor:
             for prompt_id, row, seed in self._samples(prompts, num_samples, step)
         ]
         try:
-            return await asyncio.gather(*tasks)
+            async with self._deadline(len(tasks)):
+                return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
+
+    @asynccontextmanager
+    async def _deadline(self, num_responses: int) -> AsyncIterator[None]:
+        deadline = asyncio.timeout(self._timeout_s)
+        try:
+            async with deadline:
+                yield
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise TimeoutError(
+                f"{num_responses} responses were not done within rollout.timeout_s={self._timeout_s:g} seconds"
+            ) from error
 
     def _samples(
         self, prompts: Sequence[tuple[int, PromptT]], num_samples: int, step: int

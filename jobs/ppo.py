@@ -8,9 +8,11 @@ done, the updates when all of their shards are scored. With max_policy_lag above
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import psutil
 import ray
 from rich.console import Console
 
@@ -129,14 +131,28 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
             with Progress(console, "ppo", config.num_steps) as progress:
                 progress.status(f"starting {', '.join(role.name for role in needs)}")
                 roles = Roles.start(config, prompts, ptx_tokens=job.dir / "ptx.npy")
+                started = roles.seconds | {"all": seconds_since_start()}
+                console.print(startup_line(started), highlight=False)
                 batches, controls = Batches(roles, prompts, config), Controls(config)
                 watch = Watch(job, config, roles, batches, controls, progress, held_out, tokenizer)
-                watch.resume()
+                watch.resume({f"startup/{name}": value for name, value in started.items()})
                 train(roles, batches, controls, config, watch)
             roles.export(job)
         job.finish(watch.last, model_parameters=count_stored_parameters(job.model_dir))
         print_done(console, job, {name: value for name, value in watch.last.items() if name in SHOWN})
     return job
+
+
+def seconds_since_start() -> float:
+    """Since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def startup_line(seconds: Mapping[str, float]) -> str:
+    """What the start took, for people: roles start side by side."""
+    roles = [f"{role} {seconds[role]:.1f} s" for role in ("rollout", "policy", "critic") if role in seconds]
+    vllm = f"vLLM: import {seconds['vllm_import']:.1f} s, engine {seconds['vllm_engine']:.1f} s"
+    return f"[dim]ready after {seconds['all']:.1f} s; side by side: {', '.join(roles)} ({vllm})[/dim]"
 
 
 def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, PromptData | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Roles:
     rollout: ActorGroup[RolloutActor]
     dispatcher: Dispatcher
     probe: list[int]
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What the start took: role -> seconds until it was ready, and of the rollout's the parts that are vLLM's."""
 
     @staticmethod
     def needs(config: PPOConfig) -> list[Role]:
@@ -83,7 +86,8 @@ class Roles:
             ),
             reward=_start_reward(config, needed["reward"], prompts),
         )
-        setups = roles.rollout.submit(
+        setups = {}
+        setups["rollout"] = roles.rollout.submit(
             RolloutActor.set_prompts,
             ray.put(prompts.token_ids if config.environment.name is None else prompts.rows),
             num_samples=config.samples_per_prompt,
@@ -92,8 +96,10 @@ class Roles:
         )
         for group, method in ((roles.policy, PolicyActor.setup), (roles.critic, CriticActor.setup)):
             if group is not None:
-                setups += group.submit(method, group.submit(PolicyActor.address, rank=0)[0])
-        collect(setups, "start")
+                setups[group.role.name] = group.submit(method, group.submit(PolicyActor.address, rank=0)[0])
+        roles.seconds.update(_seconds_until_done(setups))
+        (info,) = collect(roles.rollout.submit(RolloutActor.info, rank=0), "rollout")
+        roles.seconds.update(vllm_import=info["import_seconds"], vllm_engine=info["init_seconds"])
         return roles
 
     def ref_logprobs(self, shards: list[Any]) -> list[Any]:
@@ -186,6 +192,19 @@ def needs_critic(config: PPOConfig) -> bool:
 def needs_reference(config: PPOConfig) -> bool:
     """A model of its own: with LoRA the policy without its adapters is the reference."""
     return config.algorithm.kl_coef > 0 and config.policy.learner.lora.rank is None
+
+
+def _seconds_until_done(calls: dict[str, list[Any]]) -> dict[str, float]:
+    """Name -> seconds from now until its calls were done; a failure raises at once."""
+    began = time.perf_counter()
+    names = {reference: name for name, references in calls.items() for reference in references}
+    seconds = {}
+    pending = list(names)
+    while pending:
+        (reference,), pending = ray.wait(pending)
+        collect([reference], names[reference])
+        seconds[names[reference]] = time.perf_counter() - began
+    return seconds
 
 
 def _start_reward(config: PPOConfig, role: Role, prompts: PromptData) -> ActorGroup[Any]:

@@ -106,6 +106,8 @@ class Watch:
     def after(self, step: int, metrics: dict[str, float]) -> None:
         """``step`` steps are done."""
         metrics = {**metrics, **self._times}
+        rows = self.config.prompts_per_step * self.config.samples_per_prompt
+        metrics["perf/tokens_per_second"] = rows * metrics["response/length_mean"] / metrics["time/step"]
         if step % self.config.eval.every_steps == 0 or step == self.config.num_steps:
             metrics |= self.evaluate()
         self.last.update(metrics)
@@ -153,12 +155,12 @@ class Watch:
             figures |= summarize(judge_rollouts(held_out.rows, rollouts, self.tokenizer))
         return figures
 
-    def resume(self) -> None:
-        """Continue from the newest checkpoint, or measure the start."""
+    def resume(self, startup: dict[str, float]) -> None:
+        """Continue from the newest checkpoint, or measure the start; ``startup`` is logged with it."""
         found = self.checkpoints.latest()
         if found is None:
             self.job.rewind(-1)
-            self.job.log(0, self.evaluate())
+            self.job.log(0, startup | self.evaluate())
             return
         step, folder = found
         state = self.roles.load(folder)

@@ -32,6 +32,10 @@ class RolloutConfig(Config):
     ignore_stop: bool = False
     """Sample max_new_tokens always, through end-of-turn tokens; for benchmarks."""
 
+    timeout_s: float = Field(1800, gt=0)
+    """Seconds after which responses that were asked for and are not done fail the job: an engine hangs, or waits for
+    more work than it can do."""
+
     engine: dict[str, Any] = {}
     """vLLM engine arguments by vLLM's own names, over our defaults."""
 

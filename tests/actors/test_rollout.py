@@ -39,6 +39,13 @@ class ProbedActor(RolloutActor):
         await self.update_weights(bundle, keep_cache=keep_cache)
         return await task
 
+    async def generate_in_time(self, timeout_s, prompts, **sampling):
+        self._timeout_s = timeout_s
+        try:
+            return await self.generate(prompts, **sampling)
+        finally:
+            self._timeout_s = None
+
     async def unfinished_after_cancel(self, prompts, **sampling) -> int:
         task = await self._start(prompts, **sampling)
         task.cancel()
@@ -411,6 +418,13 @@ def test_a_cancelled_call_leaves_nothing_in_the_engine(local_ray, mortal, prompt
     sampling = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 400, "step": 1}
     assert local_ray.get(mortal.unfinished_after_cancel.remote(prompts, **sampling)) == 0
     assert len(generate(local_ray, mortal, prompts)) == 8
+
+
+def test_what_is_not_done_in_time_is_given_up_and_the_actor_serves_on(local_ray, actor, prompts):
+    sampling = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 400, "step": 1}
+    with pytest.raises(TimeoutError, match=r"8 responses were not done within rollout.timeout_s=0.05 seconds"):
+        local_ray.get(actor.generate_in_time.remote(0.05, prompts, **sampling))
+    assert len(generate(local_ray, actor, prompts)) == 8
 
 
 def test_a_broken_engine_tells_every_caller_and_ends_its_process(local_ray, mortal, prompts):
