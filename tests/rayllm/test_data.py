@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import AddedToken
 
+from rayllm.algorithms.rewards import per_token_rewards
 from rayllm.data.batching import BatchOrder
 from rayllm.data.chat import TurnFrame, encode_conversation, prompt_token_ids, read_conversations
 from rayllm.data.experience import concat
@@ -236,6 +237,20 @@ def test_collate_aligns_every_field_to_the_sequence():
     assert batch.rollout_logprobs.tolist() == [[0, 0, -0.5, -0.5], [0, -0.5, 0, 0]]
     assert batch.policy_versions.tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
     assert batch.prompt_ids.tolist() == [7, 8] and batch.stopped.tolist() == [True, False]
+
+
+def test_padding_with_the_end_of_turn_itself_trains_it_once_and_never_where_the_response_was_cut():
+    end = 9  # also the padding, as in SmolLM2
+    rows = [rollout(0, [1, 2], [3, end]), rollout(1, [1], [4, 5, 6, 7], stopped=False), rollout(2, [end, 1], [end])]
+    batch = collate(rows, pad_token_id=end)
+    trained = [ids[mask].tolist() for ids, mask in zip(batch.sequences, batch.action_mask, strict=True)]
+    assert trained == [[3, end], [4, 5, 6, 7], [end]]
+    assert [part.trimmed().sequences.shape[1] for part in (batch, batch[:1], batch[2:])] == [5, 4, 3]
+    mask = batch.action_mask
+    rewards = per_token_rewards(
+        torch.tensor([1.0, 2.0, 3.0]), torch.zeros(mask.shape), torch.zeros(mask.shape), mask, kl_coef=0.0
+    )
+    assert rewards.nonzero().tolist() == [[0, 3], [1, 4], [2, 2]]  # the last sampled token of each
 
 
 def test_experience_checks_shapes_by_field_name():
