@@ -11,6 +11,7 @@ import ray
 
 from actors.group import ActorGroup, Role, collect
 from actors.rollout import RolloutActor
+from actors.vllm_engine import default_engine_args
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.label import RolloutConfig
 from rayllm.data.files import Row
@@ -28,6 +29,12 @@ PROBE_TOKENS = 80
 
 def rollout_role(config: RolloutConfig) -> Role:
     return Role("rollout", config.num_actors, config.cpus_per_actor, config.gpus_per_actor)
+
+
+def engine_dtype(config: RolloutConfig) -> str:
+    """Name of the dtype in which the engines hold the weights."""
+    defaults = default_engine_args("cuda" if config.gpus_per_actor else "cpu")
+    return str({**defaults, **config.engine}["dtype"])
 
 
 def start_rollout_actors(

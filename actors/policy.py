@@ -30,7 +30,7 @@ from rayllm.config.ppo import PPOConfig
 from rayllm.data.experience import Experience
 from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
-from rayllm.models.loading import load_causal_lm, load_tokenizer, save_model
+from rayllm.models.loading import DTYPES, load_causal_lm, load_tokenizer, save_model
 
 
 class PolicyActor(LearnerActor):
@@ -279,13 +279,15 @@ class PolicyActor(LearnerActor):
         sequences = torch.tensor([token_ids], device=self.engine.device)
         return token_logprobs(self.engine(input_ids=sequences).logits, sequences)[0, 1:].tolist()
 
-    def publish_weights(self, version: int) -> list[ray.ObjectRef]:
+    def publish_weights(self, version: int, *, dtype: str | None = None) -> list[ray.ObjectRef]:
         """Put the full weights into the object store; rank 0 returns their reference in a list, others an empty one.
+
+        ``dtype``, a name in `DTYPES`, casts them on the way: half the bytes for an engine that holds half of them.
 
         The list keeps Ray from fetching the weights on the way through the driver.
         """
         if self.rank == 0:
-            return [ray.put(pack(self.engine.named_tensors(), version=version))]
+            return [ray.put(pack(self.engine.named_tensors(), version=version, dtype=DTYPES.get(dtype)))]
         for _ in self.engine.named_tensors():  # ZeRO-3 gathers on all ranks
             continue
         return []

@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from actors.critic import CriticActor
-from actors.fleet import Dispatcher, probe_tokens, rollout_role, start_rollout_actors
+from actors.fleet import Dispatcher, engine_dtype, probe_tokens, rollout_role, start_rollout_actors
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
@@ -133,7 +133,7 @@ class Roles:
     def sync_weights(self, *, version: int) -> None:
         """The policy's weights to every rollout actor; their reference travels, not the weights. Each proves that they
         serve: a text must be as probable to it as to the policy."""
-        published = self.policy.submit(PolicyActor.publish_weights, version)
+        published = self.policy.submit(PolicyActor.publish_weights, version, dtype=engine_dtype(self.config.rollout))
         probed = self.policy.submit(PolicyActor.text_logprobs, self.probe)
         served = self.rollout.call(
             RolloutActor.sync,
