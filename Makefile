@@ -10,8 +10,9 @@ REACHABLE := import signal, sys, urllib.request as u; signal.alarm(8); u.urlopen
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
+BENCH ?= runs/bench
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test lint bench install clean
 
 quickstart: install
 	$(BIN)/rayllm pipeline --config jobs/configs/quickstart.yaml $(ARGS)
@@ -22,6 +23,21 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Leave the machine alone meanwhile, about 40 minutes on two cores: other work shows in every figure.
+bench: install
+	@rm -rf $(BENCH)
+	@mkdir -p $(BENCH)
+	for size in 1m 10m; do $(BIN)/python -m bench.models $(BENCH)/$$size --size $$size || exit 1; done
+	for round in 1 2; do for size in 1m 10m; do \
+	  $(BIN)/python -m bench.floors --model $(BENCH)/$$size --json $(BENCH)/floors-$$size-$$round.json || exit 1; \
+	  for algorithm in ppo grpo; do \
+	    $(BIN)/python -m bench.ppo --model $(BENCH)/$$size --algorithm $$algorithm \
+	      --json $(BENCH)/$$algorithm-$$size-$$round.json $(ARGS) || exit 1; \
+	  done; \
+	done; done
+	$(BIN)/python -m bench.overhead --json $(BENCH)/overhead.json
+	$(BIN)/python -m bench.report $(BENCH) bench/RESULTS.md
 
 install: $(STAMP)
 

@@ -1,0 +1,72 @@
+"""The actors of an RL run without their models: same methods, answers of the same size, at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import torch
+
+from bench.workload import NEW_TOKENS, PROMPT_TOKENS
+from rayllm.data.experience import Experience
+
+METRICS = (
+    "objective/rewards", "objective/entropy", "objective/kl", "response/length_mean", "response/stop_rate",
+    "rollout/logprob_mismatch", "rollout/logprob_mismatch_kl", "rollout/logprob_mismatch_max", "loss/policy",
+    "policy/skipped_steps", "policy/grad_norm", "policy/lr", "policy/clipfrac", "policy/approx_kl",
+)  # fmt: skip
+"""What a policy's update reports."""
+
+
+def shard_of(num: int) -> Experience:
+    """``num`` responses as long as the workload's."""
+    shape = (num, PROMPT_TOKENS + NEW_TOKENS)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[:, PROMPT_TOKENS:] = True
+    return Experience(
+        sequences=torch.ones(shape, dtype=torch.int64),
+        attention_mask=torch.ones(shape, dtype=torch.bool),
+        action_mask=mask,
+        rollout_logprobs=torch.zeros(shape),
+        prompt_ids=torch.arange(num),
+        stopped=torch.ones(num, dtype=torch.bool),
+    )
+
+
+class FakeRolloutActor:
+    """For ``RolloutActor``."""
+
+    async def experience(self, prompt_ids: list[int], *, step: int) -> Experience:
+        return shard_of(len(prompt_ids))
+
+    async def update_weights(self, bundle: list[Any]) -> int:
+        return int(await bundle[0])
+
+
+class FakeModelActor:
+    """For all the others: policy, critic, reference and reward model."""
+
+    def rewards(self, shard: Experience) -> torch.Tensor:
+        return torch.zeros(len(shard))
+
+    def logprobs(self, shard: Experience) -> torch.Tensor:
+        return torch.zeros(shard.sequences.shape)
+
+    def values(self, shard: Experience) -> torch.Tensor:
+        return torch.zeros(shard.sequences.shape)
+
+    def experience(
+        self, shard: Experience, rewards: torch.Tensor, baselines: None, logprobs: torch.Tensor,
+        ref_logprobs: torch.Tensor, values: torch.Tensor, **settings: Any,
+    ) -> Experience:  # fmt: skip
+        per_token = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
+        return shard.replace(rewards=rewards, advantages=values, returns=values, **per_token)
+
+    def update(self, *shards: Experience, **settings: Any) -> dict[str, float]:
+        return dict.fromkeys(METRICS, 0.0)
+
+    def publish_weights(self, version: int) -> list[ray.ObjectRef]:
+        return [ray.put(version)]
+
+    def save(self, folder: str, state: dict[str, Any]) -> None:
+        return None

