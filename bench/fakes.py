@@ -28,6 +28,7 @@ def shard_of(num: int) -> Experience:
         attention_mask=torch.ones(shape, dtype=torch.bool),
         action_mask=mask,
         rollout_logprobs=torch.zeros(shape),
+        policy_versions=torch.zeros(shape, dtype=torch.int32),
         prompt_ids=torch.arange(num),
         stopped=torch.ones(num, dtype=torch.bool),
     )
@@ -39,8 +40,8 @@ class FakeRolloutActor:
     async def experience(self, prompt_ids: list[int], *, step: int) -> Experience:
         return shard_of(len(prompt_ids))
 
-    async def update_weights(self, bundle: list[Any]) -> int:
-        return int(await bundle[0])
+    async def sync(self, bundle: list[Any], *, probe: list[int], keep_cache: bool) -> tuple[int, list[float]]:
+        return int(await bundle[0]), [0.0] * (len(probe) - 1)
 
 
 class FakeModelActor:
@@ -65,8 +66,11 @@ class FakeModelActor:
     def update(self, *shards: Experience, **settings: Any) -> dict[str, float]:
         return dict.fromkeys(METRICS, 0.0)
 
-    def publish_weights(self, version: int) -> list[ray.ObjectRef]:
+    def publish_weights(self, version: int, *, dtype: str) -> list[ray.ObjectRef]:
         return [ray.put(version)]
+
+    def text_logprobs(self, token_ids: list[int]) -> list[float]:
+        return [0.0] * (len(token_ids) - 1)
 
     def save(self, folder: str, state: dict[str, Any]) -> None:
         return None

@@ -24,17 +24,19 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from actors.fleet import PROBE_TOKENS, Dispatcher
 from actors.group import ActorGroup, Role
 from bench.fakes import FakeModelActor, FakeRolloutActor
 from bench.figures import circumstances, console, spread, written
-from bench.workload import settings
+from bench.workload import PROMPT_TOKENS, settings
 from jobs.ppo import train
+from jobs.ppo_batches import Batches
 from jobs.ppo_roles import Roles
 from jobs.ppo_watch import Controls, Watch
 from jobs.session import ray_session
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.prompts import PromptStream
+from rayllm.data.prompts import PromptData
 from rayllm.lineage import write_json
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress
@@ -79,7 +81,8 @@ class Traffic:
 
 
 class CountingGroup(ActorGroup[Any]):
-    """An actor group that tells its calls to ``traffic``. What ``map`` returns stays in the actors."""
+    """An actor group that tells its calls to ``traffic``. What ``map`` and calls of one rank return stays in the
+    actors."""
 
     traffic: Traffic
 
@@ -87,7 +90,7 @@ class CountingGroup(ActorGroup[Any]):
         references = super().submit(method, *args, rank=rank, **kwargs)
         for reference in references:
             self.traffic.call((args, kwargs))
-            self.traffic.answers += [reference] if self.traffic.counting else []
+            self.traffic.answers += [reference] if self.traffic.counting and rank is None else []
         return references
 
     def map(self, method: Callable[..., Any], *columns: Any, **kwargs: Any) -> list[Any]:
@@ -123,14 +126,17 @@ def measure_one(work: Path, groups: dict[str, CountingGroup], num_sequences: int
     path = work / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     loaded = load_config(PPOConfig, path, [])
-    roles, stream = Roles(config=loaded.config, **groups), PromptStream(num_sequences * num_steps, seed=0)
-    controls, traffic = Controls(loaded.config), Traffic()
+    dispatcher, probe = Dispatcher(groups["rollout"]), [1] * PROBE_TOKENS
+    roles = Roles(config=loaded.config, **groups, dispatcher=dispatcher, probe=probe)
+    num_prompts = num_sequences * num_steps
+    prompts = PromptData([{}] * num_prompts, [[1] * PROMPT_TOKENS] * num_prompts, {})
+    batches, controls, traffic = Batches(roles, prompts, loaded.config), Controls(loaded.config), Traffic()
     for group in groups.values():
         group.traffic = traffic
     with Path(os.devnull).open("w") as nowhere, Run("ppo", loaded) as job:
         progress = Progress(Console(file=nowhere), "ppo", num_steps)
-        watch = Meter(traffic, job, loaded.config, roles, stream, controls, progress, None, None)
-        train(roles, stream, controls, loaded.config, watch)
+        watch = Meter(traffic, job, loaded.config, roles, batches, controls, progress, None, None)
+        train(roles, batches, controls, loaded.config, watch)
     clocks = watch.clocks[COLD - 1 :]
     wall, cpu = ([1e3 * (b[i] - a[i]) for a, b in zip(clocks[:-1], clocks[1:], strict=True)] for i in (0, 1))
     return {

@@ -29,9 +29,6 @@ from rayllm.data.files import write_parquet
 from rayllm.lineage import write_json
 from rayllm.models.loading import count_stored_parameters, load_tokenizer
 
-LAG_KEY = "max_lag"
-"""The config's name for ``--lag``."""
-
 COLD_STEPS = 2
 
 
@@ -46,7 +43,7 @@ def measure(model: Path, algorithm: str, *, num_steps: int, lag: int, overrides:
         random_head = algorithm == "ppo" and not any(text.startswith("reward_model=") for text in overrides)
         config = _config(work, model, algorithm, num_steps, random_head=random_head)
         command = [sys.executable, "-m", "jobs.cli", "ppo", "--config", str(config)]
-        command += [f"{LAG_KEY}={lag}"] if lag else []
+        command += [f"max_policy_lag={lag}"] if lag else []
         output = work / "output.txt"
         with output.open("w") as stream:
             job = subprocess.Popen([*command, *overrides], stdout=stream, stderr=subprocess.STDOUT)
