@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "ppo": ("ppo-trl", (*CRITIC, "critic.warmup_steps=2")),
     "ppo-ptx": ("ppo-trl", (*CRITIC, "critic.warmup_steps=2", "ptx.coef=1", "ptx.documents={world}/documents.parquet")),
     "ppo-lora": ("ppo-trl", (*CRITIC, "critic.warmup_steps=2", "policy.learner.lora.rank=4",
-                             "policy.optimizer.learning_rate=2e-3")),
+                             "policy.optimizer.learning_rate=5e-4")),
     "grpo": ("grpo", GROUPS),
     "rloo": ("rloo", GROUPS),
     "reinforce++": ("reinforce++", CRITIC),
