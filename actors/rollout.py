@@ -18,7 +18,7 @@ import torch
 
 from actors.conversation import Conversations
 from actors.seeds import sample_seed
-from actors.vllm_engine import Request, VllmEngine, set_environment
+from actors.vllm_engine import Request, make_engine, set_environment
 from actors.weights import WeightBundle, read_safetensors, safetensors_shapes, unpack, verify
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.data.experience import Experience
@@ -78,7 +78,7 @@ class RolloutActor:
         self._prompts: list[Any] = []
         self._sampling: dict[str, Any] = {}
         stops = [] if ignore_stop else stop_token_ids(tokenizer)
-        self._engine = VllmEngine(model_dir, stop_token_ids=stops, overrides=engine)
+        self._engine = make_engine(model_dir, stop_token_ids=stops, overrides=engine)
         self._conversations: Conversations | None = None
         if environment.name is not None:
             self._conversations = Conversations(environment, self._engine, tokenizer, where=model_dir)

@@ -1,25 +1,19 @@
-"""vLLM's LLMEngine inside this process, stepped by one thread.
+"""What the rollout actor asks of vLLM: token ids in, tokens with log-probabilities out, weights replaced under way.
 
-The thread owns the engine: other threads only queue commands (add requests, change the weights), which it runs
-between two steps. Requests of concurrent callers therefore share the engine's batches, and a weight update is
-never seen half done.
-
-One failure mode: when the thread fails, every open call gets the cause and the process exits, for whoever started
-it to start another. Only what is refused before it touches the engine raises to its caller alone.
+Two engines serve behind one surface: on CPU one stepped by a thread of this process (``vllm_stepped.py``: half the
+start-up time and memory), on GPU vLLM's AsyncLLM with processes of its own (``vllm_async.py``). Both have one failure
+mode: when the engine fails, every open call gets the cause and the process exits, for whoever started it to start
+another. Only what is refused before it touches the engine raises to its caller alone.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
-import queue
-import threading
 import time
-import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import set_num_threads  # vLLM replaces the attribute by a function that does nothing
@@ -39,8 +33,6 @@ FIXED_ARGS: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "generation_config": "vllm",  # nothing in the model folder changes the sampling
     "logprobs_mode": "processed_logprobs",  # of softmax(logits / temperature); vLLM's default ignores temperature
-    "distributed_executor_backend": "uni",
-    "async_scheduling": False,  # no step is in flight while the weights change
     "disable_log_stats": True,
 }
 
@@ -62,18 +54,6 @@ class Sampled:
     finish_reason: str
     versions: tuple[int, ...]
     """Policy version of each token."""
-
-
-@dataclass(slots=True)
-class _Call:
-    """Requests that are answered together. Only the stepping thread changes it."""
-
-    prompts: list[Sequence[int]]
-    params: list[Any]  # vLLM's SamplingParams, one a prompt
-    read: Callable[[Any], Any]  # makes the answer from vLLM's RequestOutput
-    future: Future = field(default_factory=Future)
-    request_ids: list[str] = field(default_factory=list)  # in the engine
-    answers: dict[int, Any] = field(default_factory=dict)  # by place in prompts
 
 
 def default_engine_args(device: str) -> dict[str, Any]:
@@ -111,8 +91,8 @@ def set_environment() -> None:
         set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-class VllmEngine:
-    """Samples from one model; one worker, tensor parallelism is not supported.
+class VllmEngine(ABC):
+    """Samples from one model.
 
     Args:
         model_dir: local Hugging Face folder with safetensors weights.
@@ -123,30 +103,29 @@ class VllmEngine:
         ValueError: an override of what this class relies on, or vLLM's own refusal.
     """
 
+    fixed_args: ClassVar[dict[str, Any]]
+
     def __init__(self, model_dir: str, *, stop_token_ids: list[int], overrides: dict[str, Any]) -> None:
-        clash = sorted(set(overrides) & {*FIXED_ARGS, "model"})
+        clash = sorted(set(overrides) & {*self.fixed_args, "model"})
         if clash:
             raise ValueError(f"engine.{clash[0]} cannot be set: the rollout engine relies on its own value")
         set_environment()
         started = time.perf_counter()
-        from vllm import EngineArgs, SamplingParams
+        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.llm_engine import LLMEngine
 
+        self._import()
         self.import_seconds = time.perf_counter() - started
         started = time.perf_counter()
-        args = {**default_engine_args(this_device()), **overrides, **FIXED_ARGS}
-        self._llm = LLMEngine.from_engine_args(EngineArgs(model=model_dir, **args))
-        self._llm.set_weight_version("0")
+        args = {**default_engine_args(this_device()), **overrides, **self.fixed_args}
+        config = self._start({"model": model_dir, **args})
         self.init_seconds = time.perf_counter() - started
 
-        config = self._llm.model_config
-        self.max_model_len: int = config.max_model_len
-        self.vocab_size: int = config.get_vocab_size()
-        self.block_size: int = self._llm.vllm_config.cache_config.block_size
+        self.max_model_len: int = config.model_config.max_model_len
+        self.vocab_size: int = config.model_config.get_vocab_size()
         self.version = 0
         self._shapes = safetensors_shapes(model_dir)
-        self._optional = {TIED_HEAD} if config.hf_text_config.tie_word_embeddings else set()
+        self._optional = {TIED_HEAD} if config.model_config.hf_text_config.tie_word_embeddings else set()
         self._sampling_params = SamplingParams
         self._sampling: dict[str, Any] = {
             "stop_token_ids": stop_token_ids,
@@ -155,14 +134,6 @@ class VllmEngine:
             "detokenize": False,
             "output_kind": RequestOutputKind.FINAL_ONLY,
         }
-        self._commands: queue.SimpleQueue = queue.SimpleQueue()
-        self._open: set[Future] = set()
-        self._error: BaseException | None = None
-        self._lock = threading.Lock()  # of _error and _open, against a command queued while the thread dies
-        self._calls: dict[str, tuple[_Call, int]] = {}  # by request id: the call and the place in it
-        self._count = 0
-        self._thread = threading.Thread(target=self._run, name="vllm-steps", daemon=True)
-        self._thread.start()
 
     async def generate(
         self, requests: list[Request], *, temperature: float, max_new_tokens: int
@@ -194,16 +165,6 @@ class VllmEngine:
         if num_cached:
             raise RuntimeError(f"{num_cached} of {len(token_ids)} tokens of the probe came out of the prefix cache")
         return logprobs
-
-    async def _ask(
-        self, prompts: list[Sequence[int]], params: list[Any], read: Callable[[Any], ResultT]
-    ) -> list[ResultT]:
-        call = _Call(prompts=prompts, params=params, read=read)
-        try:
-            return await self._submit(lambda: self._add(call), call.future)
-        except asyncio.CancelledError:
-            self._commands.put((lambda: self._abort(call, RuntimeError("cancelled")), Future()))
-            raise
 
     def problem(self, token_ids: Sequence[int], *, max_new_tokens: int) -> str | None:
         """What keeps the engine from continuing these tokens, or None. vLLM would cut silently, or break."""
@@ -238,100 +199,47 @@ class VllmEngine:
             RuntimeError: from ``check_shapes``; nothing has been touched then.
         """
         check_shapes(shapes, expected=self._shapes, optional=self._optional)
-        future: Future = Future()
-        return await self._submit(lambda: self._apply(future, named, version, keep_cache), future)
+        await self._replace(named, version=version, keep_cache=keep_cache)
+        return version
 
-    async def shutdown(self) -> None:
-        """Stop the thread and free the engine; open calls fail."""
-        future: Future = Future()
-        await self._submit(lambda: self._stop(future), future)
-        await asyncio.to_thread(self._thread.join)
+    def _prompt(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        """The salt keeps new requests from the cache of older weights, where that is kept for running ones."""
+        return {"prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
 
-    def _submit(self, command: Callable[[], None], future: Future) -> asyncio.Future:
-        """Queue a command for the thread; the command resolves the future, at once or later."""
-        with self._lock:
-            if self._error is not None:
-                raise _stopped(self._error) from self._error
-            self._open.add(future)
-            future.add_done_callback(self._open.discard)
-            self._commands.put((command, future))
-        return asyncio.wrap_future(future)
+    @abstractmethod
+    def _import(self) -> None:
+        """Import what `_start` needs."""
 
-    # What follows runs in the stepping thread.
+    @abstractmethod
+    def _start(self, args: dict[str, Any]) -> Any:
+        """Start the engine as weight version "0"; returns vLLM's config."""
 
-    def _run(self) -> None:
-        try:
-            set_environment()
-            while self._error is None:
-                self._run_commands()
-                if self._error is None and self._llm.has_unfinished_requests():
-                    for output in self._llm.step():
-                        self._deliver(output)
-        except BaseException as error:
-            traceback.print_exc()
-            self._fail(error)
-            time.sleep(EXIT_GRACE_S)
-            os._exit(EXIT_CODE)
+    @abstractmethod
+    async def _ask(
+        self, prompts: list[Sequence[int]], params: list[Any], read: Callable[[Any], ResultT]
+    ) -> list[ResultT]:
+        """What ``read`` makes of vLLM's RequestOutput for each prompt, in their order."""
 
-    def _run_commands(self) -> None:
-        """Run what is queued; wait for a command when there is nothing to step."""
-        block = not self._llm.has_unfinished_requests()
-        while self._error is None:
-            try:
-                command, future = self._commands.get(block=block)
-            except queue.Empty:
-                return
-            block = False
-            if future.set_running_or_notify_cancel():
-                command()
-
-    def _add(self, call: _Call) -> None:
-        try:
-            for place, (token_ids, params) in enumerate(zip(call.prompts, call.params, strict=True)):
-                self._count += 1
-                request_id = str(self._count)
-                # The salt keeps new requests from the cache of older weights, where that is kept for running ones.
-                prompt: Any = {"prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
-                self._llm.add_request(request_id, prompt, params)
-                self._calls[request_id] = (call, place)
-                call.request_ids.append(request_id)
-        except ValueError as error:  # vLLM refuses a request
-            self._abort(call, error)
-
-    def _abort(self, call: _Call, error: Exception) -> None:
-        self._llm.abort_request([r for r in call.request_ids if self._calls.pop(r, None)])
-        if not call.future.done():
-            call.future.set_exception(error)
-
-    def _deliver(self, output: Any) -> None:
-        call, place = self._calls.pop(output.request_id)
-        call.answers[place] = call.read(output)
-        if len(call.answers) == len(call.prompts):
-            call.future.set_result([call.answers[place] for place in range(len(call.prompts))])
-
-    def _apply(
-        self, future: Future, named: Iterable[tuple[str, torch.Tensor]], version: int, keep_cache: bool
+    @abstractmethod
+    async def _replace(
+        self, named: Iterable[tuple[str, torch.Tensor]], *, version: int, keep_cache: bool
     ) -> None:
-        if not keep_cache:
-            self._llm.reset_prefix_cache(reset_running_requests=True)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
-        self._llm.apply_model(retie)
-        self._llm.set_weight_version(str(version))
-        self.version = version
-        future.set_result(version)
+        """Replace the weights, which fit, and set ``self.version``; no step sees them half replaced."""
 
-    def _stop(self, future: Future) -> None:
-        self._fail(RuntimeError("it was shut down"), but=future)
-        self._llm.engine_core.shutdown()
-        future.set_result(None)
+    @abstractmethod
+    async def shutdown(self) -> None:
+        """Free the engine; open calls fail."""
 
-    def _fail(self, error: BaseException, *, but: Future | None = None) -> None:
-        with self._lock:
-            self._error = error
-            unanswered = [future for future in self._open if future is not but]
-        for future in unanswered:
-            if future.running() or future.set_running_or_notify_cancel():
-                future.set_exception(_stopped(error))
+
+def make_engine(model_dir: str, *, stop_token_ids: list[int], overrides: dict[str, Any]) -> VllmEngine:
+    """The engine for this device; arguments are those of `VllmEngine`."""
+    if this_device() == "cuda":
+        from actors.vllm_async import AsyncEngine
+
+        return AsyncEngine(model_dir, stop_token_ids=stop_token_ids, overrides=overrides)
+    from actors.vllm_stepped import SteppedEngine
+
+    return SteppedEngine(model_dir, stop_token_ids=stop_token_ids, overrides=overrides)
 
 
 def retie(model: torch.nn.Module) -> None:
@@ -365,5 +273,5 @@ def _prompt_logprobs(output: Any) -> tuple[int, list[float]]:
     return output.num_cached_tokens or 0, logprobs
 
 
-def _stopped(error: BaseException) -> RuntimeError:
+def stopped(error: BaseException) -> RuntimeError:
     return RuntimeError(f"the rollout engine stopped: {error!r}")

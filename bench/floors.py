@@ -71,9 +71,10 @@ def prompts_of(repeat: int, vocab_size: int) -> list[list[int]]:
 
 
 def engine_args(model: str) -> dict[str, Any]:
-    from actors.vllm_engine import FIXED_ARGS, default_engine_args, this_device
+    from actors.vllm_engine import default_engine_args, this_device
+    from actors.vllm_stepped import SteppedEngine
 
-    return {"model": model, **default_engine_args(this_device()), **FIXED_ARGS}
+    return {"model": model, **default_engine_args(this_device()), **SteppedEngine.fixed_args}
 
 
 def sampling_params(seed: int | None = None) -> Any:
@@ -102,7 +103,7 @@ def async_llm(model: str) -> dict[str, Samples]:
     with asyncio.Runner() as runner:
 
         async def start() -> Any:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(model)))
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**{**engine_args(model), "async_scheduling": None}))
 
         engine = runner.run(start())
         vocab_size = engine.model_config.get_vocab_size()

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from actors.rollout import RolloutActor, sample_seed
-from actors.vllm_engine import EXIT_GRACE_S, VllmEngine
+from actors.vllm_async import AsyncEngine
+from actors.vllm_engine import EXIT_GRACE_S
+from actors.vllm_stepped import SteppedEngine
 from actors.weights import pack, read_safetensors
 from rayllm.data.tokenizer import stop_token_ids
 
@@ -60,6 +62,22 @@ class ProbedActor(RolloutActor):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         return task
+
+
+class ActorOnAsyncLLM(RolloutActor):
+    """As it is on a GPU: with vLLM's engine in a process of its own."""
+
+    def __init__(self, model_dir, **settings):
+        super().__init__(model_dir, **settings)
+        self._engine = AsyncEngine(
+            model_dir, stop_token_ids=[], overrides={"distributed_executor_backend": "uni"}
+        )
+
+    async def generate_and_update(self, prompts, bundle, **sampling):
+        task = asyncio.create_task(self.generate(prompts, **sampling))
+        await asyncio.sleep(0.5)
+        await self.update_weights(bundle)
+        return await task
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +225,26 @@ def test_logprobs_and_greedy_tokens_follow_ten_updates(local_ray, actor, models,
         # A greedy token's log-probability is that of temperature 1.
         assert logprob_differences(models[serving], rollouts, temperature=1.0).mean() < TOLERANCE
     assert local_ray.get(actor.version.remote()) == 10
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_tokens_are_drawn_from_the_models_distribution(local_ray, actor, models, prompts, temperature):
+    """Chi-square test of the first token's frequencies; the seeds are fixed, so it cannot fail by chance."""
+    num_samples, least_expected = 3000, 5
+    _, ids = prompts[1]
+    with torch.no_grad():
+        expected = num_samples * (models[0](torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
+    rollouts = generate(
+        local_ray, actor, [prompts[1]], num_samples=num_samples, max_new_tokens=1, temperature=temperature
+    )
+    found = torch.tensor([r.token_ids[0] for r in rollouts]).bincount(minlength=len(expected))
+    frequent = expected >= least_expected  # the others count as one
+    expected = torch.cat([expected[frequent], expected[~frequent].sum()[None]])
+    found = torch.cat([found[frequent], found[~frequent].sum()[None]])
+    statistic = ((found - expected) ** 2 / expected).sum()
+    degrees = len(expected) - 1
+    p_value = torch.special.gammaincc(torch.tensor(degrees / 2), statistic / 2)
+    assert degrees > 20 and 0.001 < p_value < 0.999, (statistic, degrees, p_value)
 
 
 def test_load_from_disk_and_a_plain_bundle_serve_the_same(
@@ -405,6 +443,32 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(local_ray, acto
     assert generate(local_ray, actor, prompts) == expected
 
 
+def test_the_engine_for_gpus_samples_and_updates_the_same(
+    local_ray, tiny_model_dir, actor, models, bundles, prompts
+):
+    """AsyncLLM on CPU: what it samples, a sync with its proof, and an update under way."""
+    other = local_ray.remote(ActorOnAsyncLLM).options(num_cpus=1, max_concurrency=100)
+    other = other.remote(str(tiny_model_dir), engine={}, seed=SEED)
+    try:
+        sampling = {"num_samples": 2, "temperature": 0.7, "max_new_tokens": 300, "step": 1}
+        rollouts = local_ray.get(other.generate_and_update.remote(prompts, bundles[1], **sampling))
+        assert {version for rollout in rollouts for version in rollout.policy_versions} == {0, 1}
+        for rollout in rollouts:
+            place = sum(version == 0 for version in rollout.policy_versions)
+            for model, part in ((models[0], slice(0, place)), (models[1], slice(place, None))):
+                assert (logprob_differences(model, [rollout], temperature=0.7)[part] < 1e-3).all()
+        ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
+        proofs = [local_ray.get(one.sync.remote(bundles[0], probe=text)) for one in (other, actor)]
+        assert proofs[0][0] == proofs[1][0] == 2
+        assert max(abs(a - b) for a, b in zip(proofs[0][1], proofs[1][1], strict=True)) < TOLERANCE
+        with pytest.raises(RuntimeError, match="weight update refused: missing"):
+            local_ray.get(other.update_weights.remote(pack([], version=3)))
+        assert {v for r in generate(local_ray, other, prompts) for v in r.policy_versions} == {2}
+        local_ray.get(other.shutdown.remote())
+    finally:
+        local_ray.kill(other)
+
+
 def test_info_tells_process_threads_and_memory(local_ray, actor):
     info = local_ray.get(actor.info.remote())
     assert info["pid"] != os.getpid()
@@ -451,7 +515,7 @@ def test_no_process_outlives_a_killed_actor(local_ray, mortal):
 
 def test_what_the_engine_relies_on_cannot_be_overridden(tiny_model_dir):
     with pytest.raises(ValueError, match="engine.logprobs_mode cannot be set"):
-        VllmEngine(str(tiny_model_dir), stop_token_ids=[0], overrides={"logprobs_mode": "raw_logprobs"})
+        SteppedEngine(str(tiny_model_dir), stop_token_ids=[0], overrides={"logprobs_mode": "raw_logprobs"})
 
 
 def test_sample_seeds_are_stable_and_differ_in_every_part():

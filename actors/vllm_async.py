@@ -1,0 +1,110 @@
+"""vLLM's AsyncLLM: the engine for GPUs, in processes of its own; tensor and pipeline parallel by vLLM's own settings.
+
+New weights go to the workers through a file in shared memory, which each loads its part of: one copy out, one in, and
+the same way for every number of workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from actors.vllm_engine import EXIT_CODE, EXIT_GRACE_S, FIXED_ARGS, ResultT, VllmEngine, retie, stopped
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class WorkerExtension:
+    """What vLLM's workers can do besides, by ``collective_rpc``."""
+
+    model_runner: Any
+
+    def retie(self) -> None:
+        """See `actors.vllm_engine.retie`."""
+        retie(self.model_runner.get_model())
+
+
+class AsyncEngine(VllmEngine):
+    """For arguments and errors see `VllmEngine`. Make it where an event loop runs or will."""
+
+    fixed_args: ClassVar[dict[str, Any]] = {**FIXED_ARGS, "worker_extension_cls": "actors.vllm_async.WorkerExtension"}
+
+    def __init__(self, model_dir: str, *, stop_token_ids: list[int], overrides: dict[str, Any]) -> None:
+        super().__init__(model_dir, stop_token_ids=stop_token_ids, overrides=overrides)
+        self._ids = itertools.count()
+        self._versioned = False
+
+    def _import(self) -> None:
+        from vllm.v1.engine import async_llm  # noqa: F401
+
+    def _start(self, args: dict[str, Any]) -> Any:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        return self._llm.vllm_config
+
+    async def _ask(
+        self, prompts: list[Sequence[int]], params: list[Any], read: Callable[[Any], ResultT]
+    ) -> list[ResultT]:
+        if not self._versioned:
+            self._versioned = True
+            await self._llm.update_weight_version(str(self.version))
+        calls = [self._one(prompt, param, read) for prompt, param in zip(prompts, params, strict=True)]
+        tasks = [asyncio.create_task(call) for call in calls]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # AsyncLLM gives up a request whose task is cancelled
+                task.cancel()
+
+    async def _one(self, prompt: Sequence[int], params: Any, read: Callable[[Any], ResultT]) -> ResultT:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        said: Any = self._prompt(prompt)
+        try:
+            (output,) = [found async for found in self._llm.generate(said, params, str(next(self._ids)))]
+        except EngineDeadError as error:
+            raise _end_process(error) from error
+        return read(output)
+
+    async def _replace(
+        self, named: Iterable[tuple[str, torch.Tensor]], *, version: int, keep_cache: bool
+    ) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="rayllm-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
+        try:
+            await asyncio.to_thread(_write, named, folder)
+            await self._llm.pause_generation(mode="keep", clear_cache=not keep_cache)
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            await self._llm.collective_rpc("retie")
+            self.version, self._versioned = version, True
+            await self._llm.update_weight_version(str(version))
+            await self._llm.resume_generation()
+        except Exception as error:  # the workers may have loaded a part
+            raise _end_process(error) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def shutdown(self) -> None:
+        self._llm.shutdown()
+
+
+def _end_process(error: Exception) -> RuntimeError:
+    """What to tell the caller; the process exits when it has been told."""
+    threading.Timer(EXIT_GRACE_S, os._exit, (EXIT_CODE,)).start()
+    return stopped(error)
+
+
+def _write(named: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in named}, folder / "model.safetensors")
