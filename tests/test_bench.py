@@ -7,6 +7,7 @@ import math
 
 from bench.models import make_reward_model
 from bench.ppo import main
+from bench.report import main as write_report
 from bench.workload import NEW_TOKENS, NUM_RESPONSES, make_prompts
 from rayllm.models.loading import count_stored_parameters, is_sequence_classifier
 from tests.conftest import ROOT
@@ -33,6 +34,9 @@ def test_a_run_leaves_complete_figures(tiny_model_dir, tmp_path, monkeypatch):
     assert set(result["steps"][0]) == set(result["warm"])
     assert all(figure["q1"] <= figure["median"] <= figure["q3"] for figure in result["warm"].values())
     kinds = {"driver", "ray", "PolicyActor", "RolloutActor", "FunctionRewardActor"}
+    write_report(str(tmp_path), str(tmp_path / "RESULTS.md"))
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "## GRPO, 0M, rollout.num_actors=1" in text and result["machine"]["cpu"] in text
     memory = result["peak_memory_gib"]
     assert kinds == set(result["cpu_seconds_per_step"]) == set(memory) - {"total"}
     assert math.isclose(memory.pop("total"), sum(memory.values())) and min(memory.values()) > 0.01
