@@ -275,10 +275,12 @@ def cluster(tmp_path_factory):
         return True
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    wait_for(answers, 90)
-    yield address
-    head.terminate()
-    head.wait(timeout=60)
+    try:
+        wait_for(answers, 90)
+        yield address
+    finally:
+        head.terminate()
+        head.wait(timeout=60)
 
 
 def test_a_job_runs_on_a_cluster_and_returns_its_status(cluster, tiny_run, tmp_path):
