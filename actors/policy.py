@@ -27,7 +27,7 @@ from rayllm.algorithms.rewards import (
     standardize,
 )
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.experience import Experience
+from rayllm.data.experience import Experience, concat
 from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
 from rayllm.models.loading import DTYPES, load_causal_lm, load_tokenizer, save_model
@@ -70,7 +70,7 @@ class PolicyActor(LearnerActor):
         shard: Experience,
         rewards: torch.Tensor,
         baselines: torch.Tensor | None,
-        logprobs: torch.Tensor,
+        logprobs: torch.Tensor | None,
         ref_logprobs: torch.Tensor | None,
         values: torch.Tensor | None,
         *,
@@ -83,18 +83,21 @@ class PolicyActor(LearnerActor):
             shard: rollouts.
             rewards: (B,) rewards of the whole responses.
             baselines: (B,) scores of the greedy responses, for ReMax.
-            logprobs, ref_logprobs, values: (B, T); the last two None in a run without them.
+            logprobs: (B, T) of this policy; None where the step's only update computes them: the penalty then takes
+                the sampler's.
+            ref_logprobs, values: (B, T); None in a run without them.
             kl_coef: of this step.
             scale: mean and deviation to take out of the scores; None leaves them.
         """
         algorithm, mask = self.config.algorithm, shard.action_mask
         # What the environment's turns earned lies where they ended; the rest of the reward at the response's end.
         final = rewards if shard.turn_rewards is None else rewards - shard.turn_rewards.sum(1)
+        sampled = shard.rollout_logprobs if logprobs is None else logprobs
         penalty_in_reward = ref_logprobs is not None and algorithm.kl_in == "reward"
         token_rewards = per_token_rewards(
             self._shaped(final, shard, scale),
-            logprobs,
-            ref_logprobs if penalty_in_reward else logprobs,
+            sampled,
+            ref_logprobs if penalty_in_reward else sampled,
             mask,
             kl_coef=kl_coef if penalty_in_reward else 0.0,
             estimator=algorithm.kl_estimator,
@@ -112,17 +115,11 @@ class PolicyActor(LearnerActor):
             gamma=algorithm.gamma,
             gae_lambda=algorithm.gae_lambda,
         )
-        weights = importance_weights(
-            logprobs, shard.rollout_logprobs, mask,
-            kind=self.config.off_policy, low=algorithm.off_policy_low, high=algorithm.off_policy_high,
-        )  # fmt: skip
-        filled = {"ref_logprobs": ref_logprobs, "values": values}
+        filled = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
         return shard.replace(
             rewards=rewards,
-            logprobs=logprobs,
             advantages=advantages,
             returns=returns,
-            weights=weights,
             **{name: tensor for name, tensor in filled.items() if tensor is not None},
         )
 
@@ -143,26 +140,37 @@ class PolicyActor(LearnerActor):
     def update(self, *shards: Experience, step: int, kl_coef: float) -> dict[str, float]:
         """Clipped policy steps on the step's experience. Returns metrics of rollouts and update."""
         experience = self.joined(shards)
-        metrics = self.mean_over_ranks(self._rollout_sums(experience)) | self._sampler_metrics(experience, step)
         if self.estimator.whitens:
             moments = self.engine.sum_tensor(masked_moments(experience.advantages, experience.action_mask))
             experience = experience.replace(
                 advantages=whiten(experience.advantages, experience.action_mask, moments=moments)
             )
         if self.estimator.needs_critic and step < self.config.critic.warmup_steps:
-            return metrics
-        return {**metrics, **self._optimize(experience, step, kl_coef)}
+            if experience.logprobs is None:
+                experience = experience.replace(logprobs=self.logprobs(experience))
+            return self._rollout_metrics(experience, step)
+        metrics, experience = self._optimize(experience, step, kl_coef)
+        return self._rollout_metrics(experience, step) | metrics
 
-    def _optimize(self, experience: Experience, step: int, kl_coef: float) -> dict[str, float]:
+    def _optimize(
+        self, experience: Experience, step: int, kl_coef: float
+    ) -> tuple[dict[str, float], Experience]:
+        """Metrics, and the experience with the policy's log-probabilities if it came without."""
         stats = []
+        scored: list[Experience] = []
         sums: dict[str, tuple[float, float]] = {}
         learning_rate = self.learning_rate(step)
         algorithm = self.config.algorithm
         for index, batch in enumerate(self.minibatches(experience, step)):
             text = self._ptx_batches(step * algorithm.num_epochs * algorithm.num_minibatches + index)
-            loss = partial(self._loss, normalizer=self._normalizer(batch), kl_coef=kl_coef, sums=sums)
+            loss = partial(
+                self._loss, normalizer=self._normalizer(batch), kl_coef=kl_coef, sums=sums, scored=scored
+            )
             stats.append(self.engine.update([*batch, *text], loss, learning_rate=learning_rate))
-        return {**self.update_metrics("loss/policy", "policy", stats), **self.mean_over_ranks(sums)}
+        metrics = {**self.update_metrics("loss/policy", "policy", stats), **self.mean_over_ranks(sums)}
+        if experience.logprobs is None:
+            experience = concat([part for part in scored if part.action_mask.any()])
+        return metrics, experience
 
     def _loss(
         self,
@@ -171,20 +179,29 @@ class PolicyActor(LearnerActor):
         normalizer: float,
         kl_coef: float,
         sums: dict[str, tuple[float, float]],
+        scored: list[Experience],
     ) -> torch.Tensor:
-        """Part of the minibatch's loss: the parts of all micro-batches and ranks sum to it."""
+        """Part of the minibatch's loss: the parts of all micro-batches and ranks sum to it. A part without the old
+        policy's log-probabilities gets these and goes to ``scored``."""
         if isinstance(part, torch.Tensor):
             return self._ptx_loss(part, sums)
         algorithm = self.config.algorithm
-        part = part.to(self.engine.device)
-        old, mask = part.logprobs, part.action_mask
+        part, mask = part.to(self.engine.device), part.action_mask.to(self.engine.device)
         logits = self._logits(part)
         new = token_logprobs(logits, part.sequences, temperature=self.config.rollout.temperature)
+        if part.logprobs is None:  # nothing was updated since: the old policy is this one
+            part = part.replace(logprobs=new.detach())
+            scored.append(part.to("cpu"))
+        old = part.logprobs
+        weights = importance_weights(
+            old, part.rollout_logprobs, mask,
+            kind=self.config.off_policy, low=algorithm.off_policy_low, high=algorithm.off_policy_high,
+        )  # fmt: skip
         reduce = partial(aggregate, action_mask=mask, aggregation=algorithm.aggregation, normalizer=normalizer)
         loss = policy_loss(
             new, old, part.advantages, mask,
             clip_range=algorithm.clip_range, clip_range_high=algorithm.clip_range_high, dual_clip=algorithm.dual_clip,
-            kind=algorithm.policy_loss, weights=part.weights,
+            kind=algorithm.policy_loss, weights=weights,
             aggregation=algorithm.aggregation, normalizer=normalizer,
         )  # fmt: skip
         if part.ref_logprobs is not None and algorithm.kl_in == "loss":
@@ -228,6 +245,10 @@ class PolicyActor(LearnerActor):
 
     def _logprobs(self, part: Experience) -> torch.Tensor:
         return token_logprobs(self._logits(part), part.sequences, temperature=self.config.rollout.temperature)
+
+    def _rollout_metrics(self, experience: Experience, step: int) -> dict[str, float]:
+        sums = self.mean_over_ranks(self._rollout_sums(experience))
+        return sums | self._sampler_metrics(experience, step)
 
     def _rollout_sums(self, experience: Experience) -> dict[str, tuple[float, float]]:
         mask, logprobs = experience.action_mask, experience.logprobs

@@ -23,6 +23,7 @@ from actors.weights import WeightBundle, read_safetensors, safetensors_shapes, u
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.data.experience import Experience
 from rayllm.data.files import Row
+from rayllm.data.prompts import PromptSpan, PromptStream
 from rayllm.data.rollout import Rollout, collate
 
 PromptT = TypeVar("PromptT")
@@ -76,6 +77,7 @@ class RolloutActor:
         self._seed, self._timeout_s = seed, timeout_s
         self._pad_token_id = int(tokenizer.pad_token_id)
         self._prompts: list[Any] = []
+        self._order: PromptStream
         self._sampling: dict[str, Any] = {}
         stops = [] if ignore_stop else stop_token_ids(tokenizer)
         self._engine = make_engine(model_dir, stop_token_ids=stops, overrides=engine)
@@ -207,14 +209,18 @@ class RolloutActor:
         Args:
             prompts: token ids, or rows if there is an environment; the prompt id is the index.
         """
-        self._prompts = prompts
+        self._prompts, self._order = prompts, PromptStream(len(prompts), seed=self._seed)
         self._sampling = {
             "num_samples": num_samples, "temperature": temperature, "max_new_tokens": max_new_tokens
         }
 
-    async def experience(self, prompt_ids: list[int], *, step: int) -> Experience:
-        """Sample responses to some of the kept prompts, or converse about them, and put all into one batch."""
-        prompts = [(prompt_id, self._prompts[prompt_id]) for prompt_id in prompt_ids]
+    async def experience(self, span: PromptSpan, *, step: int) -> Experience:
+        """Sample responses to some of the kept prompts, or converse about them, and put all into one batch.
+
+        Args:
+            span: of the run's prompts in their order.
+        """
+        prompts = [(prompt_id, self._prompts[prompt_id]) for prompt_id in self._order.ids(span)]
         sample = self.generate if self._conversations is None else self.converse
         rollouts = await sample(prompts, step=step, **self._sampling)
         return collate(rollouts, pad_token_id=self._pad_token_id)

@@ -9,6 +9,7 @@ import torch
 
 from bench.workload import NEW_TOKENS, PROMPT_TOKENS
 from rayllm.data.experience import Experience
+from rayllm.data.prompts import PromptSpan
 
 METRICS = (
     "objective/rewards", "objective/entropy", "objective/kl", "response/length_mean", "response/stop_rate",
@@ -37,8 +38,8 @@ def shard_of(num: int) -> Experience:
 class FakeRolloutActor:
     """For ``RolloutActor``."""
 
-    async def experience(self, prompt_ids: list[int], *, step: int) -> Experience:
-        return shard_of(len(prompt_ids))
+    async def experience(self, span: PromptSpan, *, step: int) -> Experience:
+        return shard_of(span.count)
 
     async def sync(self, bundle: list[Any], *, probe: list[int], keep_cache: bool) -> tuple[int, list[float]]:
         return int(await bundle[0]), [0.0] * (len(probe) - 1)

@@ -48,7 +48,7 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
                 baselines = roles.greedy_rewards(shards, step)
                 ref_logprobs = roles.ref_logprobs(shards)
                 values = roles.values(shards)
-                logprobs = roles.policy.map(PolicyActor.logprobs, shards)
+                logprobs = roles.logprobs(shards)
                 wait(shards)
             with watch.timed("time/score"):
                 scale = controls.reward_scale(roles, rewards)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import ray
@@ -11,7 +11,7 @@ from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from jobs.ppo_roles import Roles
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.prompts import PromptData, PromptStream
+from rayllm.data.prompts import PromptData, PromptSpan, PromptStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Part:
     step: int
     """The step that their prompts were drawn for: with the prompts it decides the seeds."""
 
-    prompt_ids: list[int]
+    span: PromptSpan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,7 +78,7 @@ class Batches:
         return {
             "prompts": list(self.stream.position),
             "drawn": self._drawn,
-            "ahead": [[part.step, part.prompt_ids] for part in parts],
+            "ahead": [[part.step, astuple(part.span)] for part in parts],
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -86,35 +86,33 @@ class Batches:
         epoch, taken = state["prompts"]
         self.stream.position = (epoch, taken)
         self._drawn = state["drawn"]
-        self._waiting = [Part(step, prompt_ids) for step, prompt_ids in state["ahead"]]
+        self._waiting = [Part(step, PromptSpan(*span)) for step, span in state["ahead"]]
 
     def _draw(self) -> list[Part]:
         """The next step's prompts."""
-        prompt_ids = self.stream.take(self.config.prompts_per_step)
-        size = len(prompt_ids) // self.config.num_shards
-        parts = [Part(self._drawn, prompt_ids[start : start + size]) for start in range(0, len(prompt_ids), size)]
+        spans = self.stream.take(self.config.prompts_per_step).split(self.config.num_shards)
         self._drawn += 1
-        return parts
+        return [Part(self._drawn - 1, span) for span in spans]
 
     def _begin(self, parts: list[Part], *, version: int) -> list[Shard]:
         shards = []
         for step in dict.fromkeys(part.step for part in parts):
             of_step = [part for part in parts if part.step == step]
-            references = self._sample([part.prompt_ids for part in of_step], step)
+            references = self._sample([part.span for part in of_step], step)
             rewards = self.roles.reward.map(RewardActor.rewards, references)
             shards += [Shard(p, version, e, r) for p, e, r in zip(of_step, references, rewards, strict=True)]
         return shards
 
-    def _sample(self, parts: list[list[int]], step: int) -> list[ray.ObjectRef]:
+    def _sample(self, spans: list[PromptSpan], step: int) -> list[ray.ObjectRef]:
         return self.roles.dispatcher.submit(
-            RolloutActor.experience, parts, tokens=[self._tokens(part) for part in parts], step=step
+            RolloutActor.experience, spans, tokens=[self._tokens(span) for span in spans], step=step
         )
 
-    def _tokens(self, prompt_ids: list[int]) -> int:
+    def _tokens(self, span: PromptSpan) -> int:
         """Tokens of these prompts and their longest responses; an environment's prompts are not known before."""
-        config = self.config
-        prompt = sum(len(self.prompts.token_ids[index]) for index in prompt_ids) if self.prompts.token_ids else 0
-        return (prompt + len(prompt_ids) * config.rollout.max_new_tokens) * config.samples_per_prompt
+        config, lengths = self.config, self.prompts.token_ids
+        prompt = sum(len(lengths[index]) for index in self.stream.ids(span)) if lengths else 0
+        return (prompt + span.count * config.rollout.max_new_tokens) * config.samples_per_prompt
 
     def _sort_by_completion(self, step: int, count: int) -> None:
         """To the front: what may not get older, then what is done first; ``count`` of them are done or must be."""

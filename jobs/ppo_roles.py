@@ -102,6 +102,13 @@ class Roles:
         roles.seconds.update(vllm_import=info["import_seconds"], vllm_engine=info["init_seconds"])
         return roles
 
+    def logprobs(self, shards: list[Any]) -> list[Any]:
+        """Of every shard under the policy before this step's updates. None each where one update makes the step: its
+        own forward pass gives them."""
+        if self.config.algorithm.num_epochs * self.config.algorithm.num_minibatches == 1:
+            return [None] * len(shards)
+        return self.policy.map(PolicyActor.logprobs, shards)
+
     def ref_logprobs(self, shards: list[Any]) -> list[Any]:
         """Of every shard under the reference; None each without one."""
         if self.reference is not None:

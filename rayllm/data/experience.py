@@ -40,7 +40,6 @@ class Experience:
     # Set from the scores, by rayllm.algorithms.rewards and .advantages.
     advantages: torch.Tensor | None = None  # (B, T)
     returns: torch.Tensor | None = None  # (B, T) regression target of the critic
-    weights: torch.Tensor | None = None  # (B, T) off-policy weight of each token's loss
 
     def __post_init__(self) -> None:
         batch, tokens = self.sequences.shape

@@ -62,6 +62,22 @@ def read_prompts(path: Path, tokenizer: Any, *, max_prompt_tokens: int, limit: i
     return PromptData(rows, token_ids, {f"longer than {max_prompt_tokens} tokens": dropped} if dropped else {})
 
 
+@dataclass(frozen=True, slots=True)
+class PromptSpan:
+    """Prompts that follow each other in an epoch's order: which they are is known to whoever knows the order."""
+
+    epoch: int
+    start: int
+    count: int
+
+    def split(self, parts: int) -> list[PromptSpan]:
+        """Equal parts. Raises ValueError when it does not divide."""
+        size, rest = divmod(self.count, parts)
+        if rest:
+            raise ValueError(f"{self.count} prompts do not divide into {parts} parts")
+        return [PromptSpan(self.epoch, self.start + part * size, size) for part in range(parts)]
+
+
 class PromptStream:
     """The prompts in the order in which they are used: every epoch is a new seeded permutation.
 
@@ -73,14 +89,20 @@ class PromptStream:
         self.num_prompts, self.seed = num_prompts, seed
         self.position = position
         """(epoch, prompts of it that were taken)."""
+        self._order: tuple[int, np.ndarray] | None = None
 
-    def take(self, count: int) -> list[int]:
-        """The next ``count`` prompt ids."""
+    def take(self, count: int) -> PromptSpan:
+        """The next ``count`` prompts."""
         if count > self.num_prompts:
             raise ValueError(f"{count} prompts wanted at once, there are {self.num_prompts}")
         epoch, start = self.position
         if start + count > self.num_prompts:
             epoch, start = epoch + 1, 0
         self.position = (epoch, start + count)
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_prompts)
-        return [int(index) for index in order[start : start + count]]
+        return PromptSpan(epoch, start, count)
+
+    def ids(self, span: PromptSpan) -> list[int]:
+        """Prompt ids of a span."""
+        if self._order is None or self._order[0] != span.epoch:
+            self._order = span.epoch, np.random.default_rng((self.seed, span.epoch)).permutation(self.num_prompts)
+        return self._order[1][span.start : span.start + span.count].tolist()

@@ -12,12 +12,14 @@ from actors.rollout import RolloutActor
 from actors.seeds import sample_seed, turn_seed
 from actors.weights import pack, read_safetensors
 from rayllm.config.environment import EnvironmentConfig
+from rayllm.data.prompts import PromptSpan, PromptStream
 from rayllm.data.rollout import collate
 from rayllm.data.tokenizer import end_of_text_id
 from rayllm.environments.base import Turn
 from tests.conftest import TINY_SHAPE
 
 MAX_TURNS = 3
+SEED = 11
 MAX_NEW_TOKENS = 24
 BLOCK = 32
 TOLERANCE = 1e-4  # mean |difference| of log-probabilities, nats
@@ -149,7 +151,7 @@ def started(local_ray, folders):
     environment = EnvironmentConfig(name=f"{__name__}:Scripted", max_turns=MAX_TURNS, timeout_s=5)
     options = {"num_cpus": 1, "max_concurrency": 100}
     remote = local_ray.remote(ProbedActor).options(**options)
-    handle = remote.remote(str(folders[0]), engine={}, seed=11, environment=environment)
+    handle = remote.remote(str(folders[0]), engine={}, seed=SEED, environment=environment)
     local_ray.get(handle.info.remote())
     yield handle
     local_ray.kill(handle)
@@ -226,9 +228,11 @@ def test_what_stands_between_the_turns_is_the_observation_in_the_templates_frame
 def test_masks_and_rewards_of_the_batch_against_a_walk_token_by_token(local_ray, actor):
     sampling = {"num_samples": 8, "temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS}
     local_ray.get(actor.set_prompts.remote(ROWS, **sampling))
-    batch = local_ray.get(actor.experience.remote([2, 0], step=4))
-    rollouts = local_ray.get(actor.converse.remote([(2, ROWS[2]), (0, ROWS[0])], step=4, **sampling))
-    assert batch.prompt_ids.tolist() == [2] * 8 + [0] * 8
+    span = PromptSpan(epoch=0, start=0, count=len(ROWS))
+    batch = local_ray.get(actor.experience.remote(span, step=4))
+    ids = PromptStream(len(ROWS), seed=SEED).ids(span)
+    rollouts = local_ray.get(actor.converse.remote([(i, ROWS[i]) for i in ids], step=4, **sampling))
+    assert batch.prompt_ids.tolist() == [i for i in ids for _ in range(8)]
     for row, rollout in enumerate(rollouts):
         logprobs = iter(rollout.logprobs)
         last_tokens = {turn.end - 1: turn.reward for turn in rollout.turns}
@@ -241,7 +245,8 @@ def test_masks_and_rewards_of_the_batch_against_a_walk_token_by_token(local_ray,
             if sampled:
                 assert batch.sequences[row, t] == rollout.token_ids[at]
     assert (batch.turn_rewards != 0).sum(1).max() == 3
-    assert batch.turn_rewards[8:][batch.turn_rewards[8:] != 0].unique().tolist() == [1.5, 2.5, 3.5]
+    of_first = batch.turn_rewards[batch.prompt_ids == 0]
+    assert of_first[of_first != 0].unique().tolist() == [1.5, 2.5, 3.5]
 
 
 def test_why_a_conversation_ends(local_ray, actor, tiny_tokenizer):

@@ -140,6 +140,38 @@ def test_first_inner_step_has_ratio_one(one_rank):
     assert abs(metrics["loss/policy"]) < 1e-5
 
 
+def test_the_only_update_of_a_step_gives_the_old_logprobs_itself(
+    local_ray, tmp_path, tiny_model_dir, reward_model_dir
+):
+    def update(with_pass_before: bool):
+        learners = Learners(make_config(tmp_path, tiny_model_dir, reward_model_dir, "algorithm.off_policy=token"))
+        parts = shards(2)
+        logprobs = collect(learners.policy.map(PolicyActor.logprobs, parts), "policy")
+        # A sampler that is a little off: the importance weights are not 1.
+        parts = [
+            part.replace(rollout_logprobs=(0.99 * logprob) * part.action_mask)
+            for part, logprob in zip(parts, logprobs, strict=True)
+        ]
+        zeros = [torch.zeros_like(logprob) for logprob in logprobs]
+        rewards = [torch.arange(len(part), dtype=torch.float32) for part in parts]
+        before = logprobs if with_pass_before else [None, None]
+        scores = (rewards, [None, None], before, zeros, zeros)
+        experience = learners.policy.map(PolicyActor.experience, parts, *scores, kl_coef=0.0, scale=None)
+        (metrics,) = collect(
+            learners.policy.submit(PolicyActor.update, *experience, step=0, kl_coef=0.0), "policy"
+        )
+        weights = learners.weights()
+        learners.stop()
+        return metrics, weights
+
+    (metrics, weights), (other_metrics, other_weights) = update(True), update(False)
+    assert metrics.keys() == other_metrics.keys() and metrics["rollout/logprob_mismatch"] > 1e-3
+    for name, value in metrics.items():
+        assert other_metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    for name, weight in weights.items():
+        assert (other_weights[name] - weight).norm() < 1e-6 * weight.norm(), name
+
+
 def assert_same_update(one, other):
     """The same gradient norms, and the same weights within 1e-5 of their size."""
     (metrics, weights), (other_metrics, other_weights) = one, other
@@ -351,7 +383,7 @@ def test_losses_do_not_depend_on_the_split(tmp_path, tiny_model_dir, reward_mode
         sums = {}
         total = 0.0
         for part in parts:
-            loss = policy._loss(part, normalizer=policy._normalizer(parts), kl_coef=0.1, sums=sums)
+            loss = policy._loss(part, normalizer=policy._normalizer(parts), kl_coef=0.1, sums=sums, scored=[])
             loss.backward()
             total += loss.item()
         return total, [p.grad.clone() for p in policy.engine.module.parameters()], policy.mean_over_ranks(sums)

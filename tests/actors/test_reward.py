@@ -52,7 +52,7 @@ def shard(tiny_tokenizer):
             token_ids=tuple(response),
             logprobs=(0.0,) * len(response),
             finish_reason="stop",
-            policy_version=0,
+            policy_versions=(0,) * len(response),
         )
         for prompt_id, prompt, response in [(1, "What colour?", [*say(" white"), end]), (0, "France", say("Paris is"))]
     ]

@@ -16,6 +16,7 @@ from actors.vllm_async import AsyncEngine
 from actors.vllm_engine import EXIT_GRACE_S
 from actors.vllm_stepped import SteppedEngine
 from actors.weights import pack, read_safetensors
+from rayllm.data.prompts import PromptSpan, PromptStream
 from rayllm.data.tokenizer import stop_token_ids
 
 SEED = 11
@@ -294,9 +295,12 @@ def test_kept_prompts_come_back_as_a_batch(local_ray, actor, prompts):
     token_ids = [ids for _, ids in prompts]
     settings = {"num_samples": 2, "temperature": 0.7, "max_new_tokens": 6}
     local_ray.get(actor.set_prompts.remote(token_ids, **settings))
-    batch = local_ray.get(actor.experience.remote([2, 0], step=3))
-    expected = local_ray.get(actor.generate.remote([(2, token_ids[2]), (0, token_ids[0])], step=3, **settings))
-    assert batch.prompt_ids.tolist() == [2, 2, 0, 0]
+    span = PromptSpan(epoch=1, start=1, count=2)
+    batch = local_ray.get(actor.experience.remote(span, step=3))
+    first, second = PromptStream(len(prompts), seed=SEED).ids(span)
+    kept = [(first, token_ids[first]), (second, token_ids[second])]
+    expected = local_ray.get(actor.generate.remote(kept, step=3, **settings))
+    assert batch.prompt_ids.tolist() == [first, first, second, second]
     for row, rollout in enumerate(expected):  # the tokens sampled are the tokens trained
         sampled = batch.sequences[row][batch.action_mask[row]].tolist()
         assert sampled == list(rollout.token_ids)

@@ -14,7 +14,7 @@ from actors.rollout import RolloutActor
 from jobs.ppo_batches import Batches
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.prompts import PromptData, PromptStream
+from rayllm.data.prompts import PromptData, PromptSpan, PromptStream
 
 NUM_PROMPTS, STEPS = 20, 9
 SLOW = 3
@@ -30,7 +30,8 @@ class Sampler:
     def set_version(self, version: int) -> None:
         self.version = version
 
-    def experience(self, prompt_ids, *, step):
+    def experience(self, span, *, step):
+        prompt_ids = PromptStream(NUM_PROMPTS, seed=0).ids(span)
         time.sleep(0.3 if SLOW in prompt_ids else 0.0)
         return {"prompts": prompt_ids, "step": step, "version": self.version, "rank": self.rank}
 
@@ -87,7 +88,7 @@ def prompts_of(shards: list[dict]) -> list[int]:
 
 def expected_prompts() -> list[int]:
     stream = PromptStream(NUM_PROMPTS, seed=0)
-    return [prompt for _ in range(STEPS) for prompt in stream.take(4)]
+    return [prompt for _ in range(STEPS) for prompt in stream.ids(stream.take(4))]
 
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
@@ -115,9 +116,12 @@ def test_every_prompt_is_trained_on_once_whatever_happens(make, cut_tail):
 
 def test_work_goes_to_the_actor_with_the_fewest_tokens_before_it(make):
     roles = make().roles
-    work, tokens = [[0], [SLOW], [1], [2]], [10, 100, 10, 20]
+    order = PromptStream(NUM_PROMPTS, seed=0)
+    place = order.ids(PromptSpan(0, 0, NUM_PROMPTS)).index(SLOW)
+    work = [PromptSpan(0, start % NUM_PROMPTS, 1) for start in (place + 1, place, place + 2, place + 3)]
+    tokens = [10, 100, 10, 20]
     found = ray.get(roles.dispatcher.submit(RolloutActor.experience, work, tokens=tokens, step=0))
-    assert [shard["prompts"] for shard in found] == work
+    assert [shard["prompts"] for shard in found] == [order.ids(span) for span in work]
     assert [shard["rank"] for shard in found] == [1, 0, 1, 1]
 
 
