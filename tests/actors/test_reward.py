@@ -82,10 +82,10 @@ def test_held_out_responses_are_scored_with_their_own_rows(make, shard):
 
 
 def test_what_the_turns_earned_comes_on_top_and_observations_are_not_the_policys(make, tiny_tokenizer):
-    turns = tuple(SampledTurn(start=a, end=b, reward=0.5, policy_version=0) for a, b in [(0, 2), (3, 4)])
+    turns = tuple(SampledTurn(start=a, end=b, reward=0.5) for a, b in [(0, 2), (3, 4)])
     rollout = Rollout(
         prompt_id=0, prompt_token_ids=(5,), token_ids=(6, 7, 8, 9), logprobs=(0.0,) * 3, finish_reason="stop",
-        policy_version=0, turns=turns,
+        policy_versions=(0,) * 3, turns=turns,
     )  # fmt: skip
     seen.clear()
     rewards = make("first_tokens").rewards(collate([rollout], pad_token_id=tiny_tokenizer.pad_token_id))

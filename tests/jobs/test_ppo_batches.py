@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
 from types import SimpleNamespace
 
 import pytest
@@ -27,16 +27,16 @@ class Sampler:
     def __init__(self, rank: int) -> None:
         self.rank, self.version = rank, 0
 
-    def set_version(self, version: int) -> None:
+    async def set_version(self, version: int) -> None:
         self.version = version
 
-    def experience(self, span, *, step):
+    async def experience(self, span, *, step):
         prompt_ids = PromptStream(NUM_PROMPTS, seed=0).ids(span)
-        time.sleep(0.3 if SLOW in prompt_ids else 0.0)
+        await asyncio.sleep(0.3 if SLOW in prompt_ids else 0.0)
         return {"prompts": prompt_ids, "step": step, "version": self.version, "rank": self.rank}
 
-    def generate(self, prompts, *, num_samples, temperature, max_new_tokens, step):
-        time.sleep(0.5 if (self.rank, step) == (0, 1) else 0.01)
+    async def generate(self, prompts, *, num_samples, temperature, max_new_tokens, step):
+        await asyncio.sleep(0.5 if (self.rank, step) == (0, 1) else 0.01)
         return [(prompt_id, self.rank) for prompt_id, _ in prompts]
 
 
