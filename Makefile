@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/.installed
 BENCH ?= runs/bench
+ROUNDS ?= 1 2
 
 .PHONY: quickstart test lint bench install clean
 
@@ -24,16 +25,17 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Leave the machine alone meanwhile, about 40 minutes on two cores: other work shows in every figure.
+# Leave the machine alone meanwhile, about 50 minutes on two cores (ROUNDS=1: half): other work shows in every figure.
 bench: install
 	@rm -rf $(BENCH)
 	@mkdir -p $(BENCH)
 	for size in 1m 10m; do $(BIN)/python -m bench.models $(BENCH)/$$size --size $$size || exit 1; done
-	for round in 1 2; do for size in 1m 10m; do \
+	for round in $(ROUNDS); do for size in 1m 10m; do \
 	  $(BIN)/python -m bench.floors --model $(BENCH)/$$size --json $(BENCH)/floors-$$size-$$round.json || exit 1; \
-	  for algorithm in ppo grpo; do \
-	    $(BIN)/python -m bench.ppo --model $(BENCH)/$$size --algorithm $$algorithm \
-	      --json $(BENCH)/$$algorithm-$$size-$$round.json $(ARGS) || exit 1; \
+	  for run in "ppo 0" "ppo 1" "grpo 0" "grpo 1"; do \
+	    set -- $$run; \
+	    $(BIN)/python -m bench.ppo --model $(BENCH)/$$size --algorithm $$1 --lag $$2 \
+	      --json $(BENCH)/$$1-lag$$2-$$size-$$round.json $(ARGS) || exit 1; \
 	  done; \
 	done; done
 	$(BIN)/python -m bench.overhead --json $(BENCH)/overhead.json

@@ -100,6 +100,7 @@ def summarize(events: list[dict[str, Any]], watch: ProcessWatch) -> dict[str, An
         "warm_steps": len(warm),
         "warm": {name: spread([step[name] for step in warm]) for name in warm[0]},
         "cpu_seconds_per_step": {kind: seconds / len(warm) for kind, seconds in sorted(cpu.items())},
+        "startup": {n.removeprefix("startup/"): s for n, s in events[0]["metrics"].items() if n.startswith("startup/")},
         "start_s": watch.marks[0].seconds,
         "first_step_done_s": watch.marks[1].seconds,
         "peak_memory_gib": {"total": sum(watch.peak.values()), **dict(sorted(watch.peak.items()))},

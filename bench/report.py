@@ -83,11 +83,16 @@ def job_section(label: str, results: Sequence[dict[str, Any]], floors: Sequence[
         lines += [
             ("sum of the floors, CPU s", f"{cpu:.3f}"),
             ("CPU s of all processes / sum of the floors", f"{figures['all_cpu']['median'] / cpu:.2f}"),
-            ("step / sum of the floors on all cores", f"{figures['step']['median'] / cpu * _cores(results):.2f}"),
+            ("step / sum of the floors", f"{figures['step']['median'] / cpu:.2f}"),
         ]
+        if not results[0]["lag"]:
+            raw = pooled["async_llm"]["wall"]["median"] / figures["rollout"]["median"]
+            lines.append(("sampling throughput / raw AsyncLLM", f"{raw:.2f}"))
     for name, what in (("start_s", "start to first step, s"), ("first_step_done_s", "start to first step done, s")):
         lines.append((what, ", ".join(f"{result[name]:.0f}" for result in results)))
     last = results[-1]
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in last["startup"].items())
+    lines.append(("of it in the last run, s: roles side by side", parts))
     memory, cpu_of = last["peak_memory_gib"], last["cpu_seconds_per_step"]
     kinds = [
         (kind, f"{cpu_of.get(kind, sum(cpu_of.values())):.3f}", f"{memory[kind]:.2f}")
@@ -95,10 +100,6 @@ def job_section(label: str, results: Sequence[dict[str, Any]], floors: Sequence[
     ]
     table = markdown_table(("processes of the last run", "CPU s a step", "GiB at the peak"), kinds)
     return f"## {label}\n\n{markdown_table(('', 'median (quartiles)'), lines)}\n\n{table}"
-
-
-def _cores(results: Sequence[dict[str, Any]]) -> int:
-    return int(results[0]["machine"]["cores"])
 
 
 def overhead_section(result: dict[str, Any]) -> str:

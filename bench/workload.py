@@ -47,7 +47,7 @@ def settings(algorithm: str, *, num_steps: int, **paths: Path) -> dict[str, Any]
         "reference": scorer,
         "reward": scorer,
         "rollout": {
-            "num_actors": 2,
+            "num_actors": 1,
             "cpus_per_actor": 0.4,
             "temperature": TEMPERATURE,
             "max_new_tokens": NEW_TOKENS,

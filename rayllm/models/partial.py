@@ -43,8 +43,8 @@ def count_trainable(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def plan_trained(path: Path | str, learner: LearnerConfig, *, scalar: bool = False) -> tuple[int, int]:
-    """`count_trainable` of a model folder under this config; no weights are read.
+def plan_trained(path: Path | str, learner: LearnerConfig, *, scalar: bool = False) -> tuple[int, int] | None:
+    """`count_trainable` of a model folder under this config, None where all is trained; no weights are read.
 
     Args:
         path: model folder.
@@ -54,6 +54,8 @@ def plan_trained(path: Path | str, learner: LearnerConfig, *, scalar: bool = Fal
     Raises:
         InputError: as `choose_trained`.
     """
+    if learner.trainable_layers is None and learner.lora.rank is None:
+        return None
     config = AutoConfig.from_pretrained(str(path))
     with torch.device("meta"):
         model: nn.Module

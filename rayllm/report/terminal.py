@@ -34,7 +34,7 @@ def print_preamble(
     *,
     example: Sequence[tuple[str, bool]] = (),
     placement: Sequence[tuple[str, str]] = (),
-    trained: Mapping[str, tuple[int, int]] | None = None,
+    trained: Mapping[str, tuple[int, int] | None] | None = None,
 ) -> None:
     """The block before the first step.
 
@@ -43,7 +43,7 @@ def print_preamble(
         run: gives settings, parents and data.
         example: one training example as (text, trained) pieces.
         placement: (role, where) rows.
-        trained: name of a model -> numbers of its parameters that are trained, and in all.
+        trained: name of a model -> numbers of its parameters that are trained, and in all; None if all are.
     """
     verb = "resumes in" if run.resuming else "in"
     console.rule(f"[bold]{run.stage}[/bold] {verb} {escape(shown_path(run.dir))}", align="left", style="dim")
@@ -62,8 +62,10 @@ def print_preamble(
         table.add_row("setting", f"{setting} [dim]({origin})[/dim]")
     for role, where in placement:
         table.add_row("placement", escape(f"{role}: {where}"))
-    for name, (some, total) in (trained or {}).items():
-        table.add_row("trained", f"{name}: {some:,} of {total:,} parameters ({100 * some / total:.3g} %)")
+    for name, counts in (trained or {}).items():
+        if counts is not None:
+            some, total = counts
+            table.add_row("trained", f"{name}: {some:,} of {total:,} parameters ({100 * some / total:.3g} %)")
     if example:
         table.add_row("example", _example_text(example, plain=not console.is_terminal))
     console.print(table)

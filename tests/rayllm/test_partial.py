@@ -28,7 +28,7 @@ def half_billion(tmp_path_factory):
 
 
 def test_trained_parameters_by_hand(half_billion):
-    assert plan_trained(half_billion, LearnerConfig()) == (494_032_768, 494_032_768)
+    assert plan_trained(half_billion, LearnerConfig()) is None
     trained, total = plan_trained(half_billion, LearnerConfig(lora=LoraConfig(rank=16)))
     per_block = 2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864)  # q, o; k, v; gate, up, down
     assert trained == 24 * 16 * per_block and total == 494_032_768 + trained
