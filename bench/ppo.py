@@ -24,7 +24,7 @@ from rich.table import Table
 from bench.figures import circumstances, console, spread, written
 from bench.models import make_reward_model
 from bench.process_watch import ProcessWatch
-from bench.workload import GROUPS, NEW_TOKENS, NUM_RESPONSES, make_prompts, settings
+from bench.workload import GROUPS, NUM_RESPONSES, make_prompts, settings
 from rayllm.data.files import write_parquet
 from rayllm.lineage import write_json
 from rayllm.models.loading import count_stored_parameters, load_tokenizer
@@ -80,7 +80,7 @@ def summarize(events: list[dict[str, Any]], watch: ProcessWatch) -> dict[str, An
     steps = []
     for index, (before, event) in enumerate(zip(events[:-1], events[1:], strict=True)):
         times = {n.removeprefix("time/"): s for n, s in event["metrics"].items() if n.startswith("time/")}
-        del times["step"]
+        tokens = event["metrics"]["perf/tokens_per_second"] * times.pop("step")
         seconds = event["t"] - before["t"]
         cpu = watch.cpu_seconds(index, index + 1)
         steps.append(
@@ -90,7 +90,7 @@ def summarize(events: list[dict[str, Any]], watch: ProcessWatch) -> dict[str, An
                 "driver": seconds - sum(times.values()),
                 "driver_cpu": cpu["driver"],
                 "all_cpu": sum(cpu.values()),
-                "tokens_per_s": NUM_RESPONSES * NEW_TOKENS / seconds,
+                "tokens_per_s": tokens / seconds,
             }
         )
     warm = steps[COLD_STEPS:] or steps[-1:]
