@@ -20,9 +20,13 @@ from bench.workload import MICRO_BATCH, NEW_TOKENS, NUM_RESPONSES, PROMPT_TOKENS
 
 TITLE = f"""# What a step costs
 
-`bench/report.py` wrote this file; nothing in it is written by hand. A step is {NUM_RESPONSES} responses of \
-{NEW_TOKENS} tokens to prompts of {PROMPT_TOKENS} random tokens, in micro-batches of {MICRO_BATCH}, one epoch, float32 \
-(`bench/workload.py`). Figures are medians (quartiles) over warm steps. `lag` is `max_policy_lag`: 0 samples and learns in turns, 1 samples the next step meanwhile. *Sum of the floors* is what sampling, scoring and updating cost on one core with nothing around them. GPU paths (NCCL, bfloat16 on tensor cores, several hosts) have not been run."""
+`bench/report.py` wrote this file; nothing in it is written by hand. A step is {NUM_RESPONSES} responses of
+{NEW_TOKENS} tokens to prompts of {PROMPT_TOKENS} random tokens, in micro-batches of {MICRO_BATCH}, one epoch, float32
+(`bench/workload.py`), unless a section's title says otherwise. Figures are medians (quartiles) over warm steps. `lag`
+is `max_policy_lag`: without it sampling and learning take turns, with 1 the next step is sampled meanwhile. *Sum of the
+floors*: what sampling, scoring and updating cost on one core with nothing around them.
+
+GPU paths (NCCL, bfloat16 on tensor cores, several hosts) have not been run."""
 
 
 def size(result: dict[str, Any]) -> str:
