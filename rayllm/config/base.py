@@ -204,11 +204,12 @@ def _leaves(config: Config, default: Config | None, prefix: str = "") -> list[tu
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` on top of ``base``, section by section."""
+    """``over`` on top of ``base``, section by section. No section of the result is one of ``over``: with YAML's
+    aliases two of its sections may be one object, and an override of one would change the other."""
     merged = dict(base)
     for key, value in over.items():
         below = base.get(key)
-        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = merge(below if isinstance(below, dict) else {}, value) if isinstance(value, dict) else value
     return merged
 
 

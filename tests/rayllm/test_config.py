@@ -125,6 +125,13 @@ def test_presets_go_on_top_of_a_run(path, tmp_path):
     assert str(path) in origins and "https://" in path.read_text()
 
 
+def test_an_override_of_an_aliased_section_leaves_the_other_alone(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("run_dir: r\nmodel: m\nreward_model: r\nprompts: p\nreference: &same {cpus_per_actor: 0.5}\nreward: *same\n")
+    config = load_config(PPOConfig, path, ["reward.cpus_per_actor=0.2"]).config
+    assert (config.reference.cpus_per_actor, config.reward.cpus_per_actor) == (0.5, 0.2)
+
+
 def test_the_second_file_wins(tmp_path):
     for name, text in (("a", "seed: 1\nalgorithm: {gamma: 0.5, gae_lambda: 0.5}"), ("b", "algorithm: {gamma: 0.9}")):
         (tmp_path / name).write_text(text)
