@@ -11,7 +11,7 @@ import numpy as np
 import ray
 
 from actors.critic import CriticActor
-from actors.fleet import Dispatcher, engine_dtype, probe_tokens, rollout_role, start_rollout_actors
+from actors.fleet import Dispatcher, engine_dtype, probe_tokens, probe_tolerance, rollout_role, start_rollout_actors
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
@@ -140,7 +140,9 @@ class Roles:
     def sync_weights(self, *, version: int) -> None:
         """The policy's weights to every rollout actor; their reference travels, not the weights. Each proves that they
         serve: a text must be as probable to it as to the policy."""
-        published = self.policy.submit(PolicyActor.publish_weights, version, dtype=engine_dtype(self.config.rollout))
+        dtype = engine_dtype(self.config.rollout)
+        tolerance = probe_tolerance(dtype, self.config.policy.learner.dtype)
+        published = self.policy.submit(PolicyActor.publish_weights, version, dtype=dtype)
         probed = self.policy.submit(PolicyActor.text_logprobs, self.probe)
         served = self.rollout.call(
             RolloutActor.sync,
@@ -151,11 +153,11 @@ class Roles:
         expected = np.array(collect(probed, "policy")[0])
         for rank, (found, logprobs) in enumerate(served):
             apart = float(np.abs(expected - logprobs).mean())
-            if found != version or not apart <= self.config.max_logprob_mismatch:
+            if found != version or not apart <= tolerance:
                 raise RuntimeError(
                     f"rollout actor {rank} does not serve the policy's weights after the sync of version {version}: it "
                     f"serves version {found}, and its log-probabilities of the same text differ by {apart:.3g} nats a "
-                    f"token (max_logprob_mismatch={self.config.max_logprob_mismatch:g}); policy "
+                    f"token, {tolerance:g} is possible; policy "
                     f"{np.round(expected[:4], 3).tolist()} ..., rollout actor {np.round(logprobs[:4], 3).tolist()} ..."
                 )
 
