@@ -265,7 +265,7 @@ class PPOConfig(JobConfig):
 
     max_logprob_mismatch: float = Field(0.1, gt=0)
     """Stop when the sampler's and the learner's log-probabilities of the same tokens under the same weights differ by
-    more than this on average, in nats: the weights are then not in step. Below 1e-4 in float32, 0.02 to 0.06
+    more than this on average, in nats: the weights are then not in step. Below 1e-4 in float32, 0.02 to 0.08
     in bfloat16."""
 
     algorithm: AlgorithmConfig = AlgorithmConfig()
