@@ -41,7 +41,6 @@ class AsyncEngine(VllmEngine):
     def __init__(self, model_dir: str, *, stop_token_ids: list[int], overrides: dict[str, Any]) -> None:
         super().__init__(model_dir, stop_token_ids=stop_token_ids, overrides=overrides)
         self._ids = itertools.count()
-        self._versioned = False
 
     def _import(self) -> None:
         from vllm.v1.engine import async_llm  # noqa: F401
@@ -56,9 +55,6 @@ class AsyncEngine(VllmEngine):
     async def _ask(
         self, prompts: list[Sequence[int]], params: list[Any], read: Callable[[Any], ResultT]
     ) -> list[ResultT]:
-        if not self._versioned:
-            self._versioned = True
-            await self._llm.update_weight_version(str(self.version))
         calls = [self._one(prompt, param, read) for prompt, param in zip(prompts, params, strict=True)]
         tasks = [asyncio.create_task(call) for call in calls]
         try:
@@ -86,7 +82,7 @@ class AsyncEngine(VllmEngine):
             await self._llm.pause_generation(mode="keep", clear_cache=not keep_cache)
             await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             await self._llm.collective_rpc("retie")
-            self.version, self._versioned = version, True
+            self.version = version
             await self._llm.update_weight_version(str(version))
             await self._llm.resume_generation()
         except Exception as error:  # the workers may have loaded a part

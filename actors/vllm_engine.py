@@ -26,6 +26,9 @@ EXIT_CODE = 17
 EXIT_GRACE_S = 2.0
 """Between telling the callers and leaving the process, so that the cause reaches them."""
 
+UNCHANGED = "default"
+"""VLLM's name for the version of the weights that an engine started with."""
+
 TIED_HEAD = "lm_head.weight"
 """May be missing or present in the weights of a model with tied embeddings: vLLM takes the embedding."""
 
@@ -212,7 +215,7 @@ class VllmEngine(ABC):
 
     @abstractmethod
     def _start(self, args: dict[str, Any]) -> Any:
-        """Start the engine as weight version "0"; returns vLLM's config."""
+        """Start the engine; returns vLLM's config."""
 
     @abstractmethod
     async def _ask(
@@ -255,6 +258,10 @@ def retie(model: torch.nn.Module) -> None:
             layer.quant_method.process_weights_after_loading(layer)
 
 
+def _version(name: str) -> int:
+    return 0 if name == UNCHANGED else int(name)
+
+
 def _sampled(output: Any) -> Sampled:
     (completion,) = output.outputs
     token_ids = tuple(completion.token_ids)
@@ -262,7 +269,7 @@ def _sampled(output: Any) -> Sampled:
         token_ids=token_ids,
         logprobs=tuple(p[t].logprob for p, t in zip(completion.logprobs, token_ids, strict=True)),
         finish_reason=completion.finish_reason,
-        versions=tuple(int(s.version) for s in completion.weight_versions for _ in range(s.start, s.end)),
+        versions=tuple(_version(s.version) for s in completion.weight_versions for _ in range(s.start, s.end)),
     )
 
 

@@ -72,7 +72,6 @@ class SteppedEngine(VllmEngine):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self._llm = LLMEngine.from_engine_args(EngineArgs(**args))
-        self._llm.set_weight_version("0")
         return self._llm.vllm_config
 
     async def _ask(
