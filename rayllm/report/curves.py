@@ -120,9 +120,25 @@ FIGURES: tuple[FigureSpec, ...] = (
     ),
 )
 
+
+def _optimizer(**labels: str) -> tuple[PanelSpec, PanelSpec]:
+    """Panels of the models whose metrics begin with these names, with their labels."""
+    return (
+        PanelSpec(
+            "learning rate",
+            tuple((f"{name}/lr", label) for name, label in labels.items()),
+            "Step size of the optimizer.",
+        ),
+        PanelSpec(
+            "gradient norm",
+            tuple((f"{name}/grad_norm", label) for name, label in labels.items()),
+            "Norm of the gradient before clipping.",
+        ),
+    )
+
+
 _OPTIMIZER = (
-    PanelSpec("learning rate", (("train/lr", ""),), "Step size of the optimizer."),
-    PanelSpec("gradient norm", (("train/grad_norm", ""),), "Norm of the gradient before clipping."),
+    *_optimizer(train=""),
     PanelSpec(
         "tokens per second", (("perf/tokens_per_second", ""),), "Training tokens processed per second."
     ),
@@ -190,16 +206,7 @@ MORE_FIGURES: tuple[FigureSpec, ...] = (
                 (("off_policy/lag", "mean"), ("off_policy/lag_max", "oldest")),
                 "Policy updates between sampling a token and training on it; bounded by max_policy_lag.",
             ),
-            PanelSpec(
-                "gradient norm",
-                (("policy/grad_norm", "policy"), ("critic/grad_norm", "critic")),
-                "Norm of the gradient before clipping.",
-            ),
-            PanelSpec(
-                "learning rate",
-                (("policy/lr", "policy"), ("critic/lr", "critic")),
-                "Step size of the optimizers.",
-            ),
+            *_optimizer(policy="policy", critic="critic"),
             PanelSpec("seconds per step", (("time/step", ""),), "Sampling, scoring, update and sync."),
         ),
     ),
