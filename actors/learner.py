@@ -14,7 +14,8 @@ import torch
 
 from actors.environment import backend, device_of
 from actors.scoring import per_token_in_parts, select
-from rayllm.config.ppo import LearnerActorsConfig, PPOConfig
+from rayllm.config.ppo import PPOConfig
+from rayllm.config.rl import LearnerActorsConfig
 from rayllm.data.balancing import balanced_partition, micro_batches_by_tokens, with_num_parts
 from rayllm.data.experience import Experience, concat
 from rayllm.models.engine import Engine, UpdateStats, init_distributed

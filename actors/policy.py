@@ -160,9 +160,8 @@ class PolicyActor(LearnerActor):
         scored: list[Experience] = []
         sums: dict[str, tuple[float, float]] = {}
         learning_rate = self.learning_rate(step)
-        algorithm = self.config.algorithm
         for index, batch in enumerate(self.minibatches(experience, step)):
-            text = self._ptx_batches(step * algorithm.num_epochs * algorithm.num_minibatches + index)
+            text = self._ptx_batches(step * self.config.algorithm.updates_per_step + index)
             loss = partial(
                 self._loss, normalizer=self._normalizer(batch), kl_coef=kl_coef, sums=sums, scored=scored
             )

@@ -20,7 +20,7 @@ def lines(config: PPOConfig) -> list[tuple[str, str, str]]:
     """(what, number, how it comes about)."""
     algorithm, shards = config.algorithm, config.num_shards
     rows = config.prompts_per_step * config.samples_per_prompt
-    updates = algorithm.num_epochs * algorithm.num_minibatches
+    updates = algorithm.updates_per_step
     tokens = rows * config.rollout.max_new_tokens
     found = [
         ("prompts a step", f"{config.prompts_per_step:,}", "prompts_per_step"),

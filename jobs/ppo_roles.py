@@ -105,7 +105,7 @@ class Roles:
     def logprobs(self, shards: list[Any]) -> list[Any]:
         """Of every shard under the policy before this step's updates. None each where one update makes the step: its
         own forward pass gives them."""
-        if self.config.algorithm.num_epochs * self.config.algorithm.num_minibatches == 1:
+        if self.config.algorithm.updates_per_step == 1:
             return [None] * len(shards)
         return self.policy.map(PolicyActor.logprobs, shards)
 

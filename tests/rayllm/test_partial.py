@@ -8,8 +8,8 @@ from transformers import AutoConfig
 
 from rayllm.config.base import load_config
 from rayllm.config.common import LearnerConfig, LoraConfig, OptimizerConfig
-from rayllm.config.ppo import LearnerActorsConfig
 from rayllm.config.pretrain import PretrainConfig
+from rayllm.config.rl import LearnerActorsConfig
 from rayllm.errors import InputError
 from rayllm.models.loading import load_causal_lm, num_parameters
 from rayllm.models.optimizers import build_optimizer
