@@ -25,6 +25,12 @@ class Ranking:
     ranks: list[int]
     """Aligned to ``sequences``; 0 is best, ties share a rank."""
 
+    num_prompt_tokens: int
+    """Every sequence begins with the prompt; what follows is the response."""
+
+    labeler: str | None = None
+    """Who ranked."""
+
     @property
     def num_pairs(self) -> int:
         """Pairs with a better and a worse response."""
@@ -56,13 +62,14 @@ def read_rankings(path: Path, tokenizer: Any, *, max_length: int) -> RankingData
     dropped = {"response longer than max_length": 0, "no pair with a better response": 0}
     for row in read_rows(path, ["prompt", "responses", "ranks"], check=_problem):
         sequences, ranks = [], []
-        for sequence, rank in zip(_encode(row, tokenizer), row["ranks"], strict=True):
+        prompt = prompt_token_ids(tokenizer, prompt_messages(row["prompt"]))
+        for sequence, rank in zip(_encode(row, tokenizer, prompt), row["ranks"], strict=True):
             if len(sequence) > max_length:
                 dropped["response longer than max_length"] += 1
             else:
                 sequences.append(sequence)
                 ranks.append(int(rank))
-        ranking = Ranking(sequences, ranks)
+        ranking = Ranking(sequences, ranks, len(prompt), row.get("labeler"))
         if ranking.num_pairs:
             rankings.append(ranking)
         else:
@@ -70,12 +77,11 @@ def read_rankings(path: Path, tokenizer: Any, *, max_length: int) -> RankingData
     return RankingData(rankings, {reason: count for reason, count in dropped.items() if count})
 
 
-def _encode(row: Row, tokenizer: Any) -> list[np.ndarray]:
-    messages = prompt_messages(row["prompt"])
+def _encode(row: Row, tokenizer: Any, prompt: list[int]) -> list[np.ndarray]:
     if row.get("response_ids") is None:
+        messages = prompt_messages(row["prompt"])
         turns = [[*messages, {"role": "assistant", "content": text}] for text in row["responses"]]
         return [encode_conversation(tokenizer, turn).token_ids for turn in turns]
-    prompt = prompt_token_ids(tokenizer, messages)
     return [np.asarray([*prompt, *ids], dtype=np.int64) for ids in row["response_ids"]]
 
 
