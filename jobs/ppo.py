@@ -119,19 +119,17 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     if job.done:
         return job
     with job:
-        tokenizer = load_tokenizer(config.model)
-        prompts, held_out = read_data(job, config, tokenizer)
-        trained = {"policy": plan_trained(config.model, config.policy.learner)}
-        if "critic" in config.learner_ranks:
-            trained["critic"] = plan_trained(config.critic_start, config.critic.learner, scalar=True)
-        with ray_session(job.logs_dir, verbose=verbose):
-            needs = Roles.needs(config)
+        with ray_session(job.logs_dir, verbose=verbose, wait=False) as ray_started:
+            tokenizer = load_tokenizer(config.model)
+            prompts, held_out = read_data(job, config, tokenizer)
+            trained, needs = trained_parameters(config), Roles.needs(config)
+            ray_started()
             check_capacity(needs)
+            roles = Roles.start(config, prompts, ptx_tokens=job.dir / "ptx.npy")
             print_preamble(console, job, placement=describe(needs), trained=trained)
             with Progress(console, "ppo", config.num_steps) as progress:
                 progress.status(f"starting {', '.join(role.name for role in needs)}")
-                roles = Roles.start(config, prompts, ptx_tokens=job.dir / "ptx.npy")
-                started = roles.seconds | {"all": seconds_since_start()}
+                started = roles.wait() | {"all": seconds_since_start()}
                 console.print(startup_line(started), highlight=False)
                 batches, controls = Batches(roles, prompts, config), Controls(config)
                 watch = Watch(job, config, roles, batches, controls, progress, held_out, tokenizer)
@@ -141,6 +139,14 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
         job.finish(watch.last, model_parameters=count_stored_parameters(job.model_dir))
         print_done(console, job, {name: value for name, value in watch.last.items() if name in SHOWN})
     return job
+
+
+def trained_parameters(config: PPOConfig) -> dict[str, tuple[int, int] | None]:
+    """Learner -> what `plan_trained` says of it."""
+    trained = {"policy": plan_trained(config.model, config.policy.learner)}
+    if "critic" in config.learner_ranks:
+        trained["critic"] = plan_trained(config.critic_start, config.critic.learner, scalar=True)
+    return trained
 
 
 def seconds_since_start() -> float:
