@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
@@ -54,10 +55,15 @@ class PolicyActor(LearnerActor):
             ptx = config.ptx
             self.ptx = PackedRows(tokens, ptx.sequence_length, ptx.batch_size, seed=config.seed)
 
-    def setup(self, address: tuple[str, int]) -> None:
-        """Join the ranks and load the model."""
+    def setup(self, address: tuple[str, int]) -> float:
+        """Join the ranks and load the model; returns the seconds of it that DeepSpeed took."""
+        began = time.perf_counter()
         self.join(address)
-        self.engine = Engine(load_causal_lm(self.config.model), self.role.optimizer, self.role.learner)
+        joined = time.perf_counter()
+        model = load_causal_lm(self.config.model)
+        loaded = time.perf_counter()
+        self.engine = Engine(model, self.role.optimizer, self.role.learner)
+        return joined - began + time.perf_counter() - loaded
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats under the weights before this step's update, at the sampling temperature."""

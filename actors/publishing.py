@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,19 +18,21 @@ if TYPE_CHECKING:  # who only samples needs no Ray
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A `WeightBundle` that stays where it was packed, until the next one is published by the same learner."""
+    """Where a `WeightBundle` lies until the next one is published by the same learner. As small for a large model."""
 
     node: str
     place: Place
     nbytes: int
-    bundle: WeightBundle
-    """Without its buffer."""
+    """Of the bundle's buffer; what describes its tensors follows, up to ``end``."""
 
+    end: int
+    version: int
+    checksum: str
     stored: tuple[ray.ObjectRef, ...]
-    """The reference of the buffer in Ray's store, if somebody reads on another node."""
+    """The reference of these bytes in Ray's store, if somebody reads on another node."""
 
     def fetch(self) -> WeightBundle:
-        """The bundle with its buffer: of this node's memory, or out of Ray's store.
+        """Of this node's memory, or out of Ray's store.
 
         Raises:
             RuntimeError: the weights lie on another node and were not put into the store.
@@ -37,10 +40,19 @@ class Published:
         import ray
 
         if self.node == this_node():
-            return replace(self.bundle, buffer=self.place.read(self.nbytes))
-        if not self.stored:
-            raise RuntimeError(f"weights of version {self.bundle.version} were published for node {self.node} only")
-        return replace(self.bundle, buffer=ray.get(self.stored[0]))
+            content = self.place.read(self.end)
+        elif self.stored:
+            content = ray.get(self.stored[0])
+        else:
+            raise RuntimeError(f"weights of version {self.version} were published for node {self.node} only")
+        entries, scaling = pickle.loads(content[self.nbytes :].tobytes())
+        return WeightBundle(
+            buffer=content[: self.nbytes],
+            entries=entries,
+            version=self.version,
+            checksum=self.checksum,
+            scaling=scaling,
+        )
 
 
 class Publisher:
@@ -67,14 +79,21 @@ class Publisher:
         import ray
 
         bundle = pack(named_tensors, version=version, dtype=dtype, scaling=scaling, memory=self._memory)
+        description = np.frombuffer(pickle.dumps((bundle.entries, bundle.scaling)), dtype=np.uint8)
+        nbytes = bundle.buffer.nbytes
+        end = nbytes + len(description)
+        self._memory.reserve(end)
+        self._memory.array[nbytes:end] = description
         node = this_node()
         elsewhere = nodes is None or set(nodes) - {node}
         return Published(
             node=node,
             place=self._memory.place(),
-            nbytes=bundle.buffer.nbytes,
-            bundle=replace(bundle, buffer=np.empty(0, dtype=np.uint8)),
-            stored=(ray.put(bundle.buffer),) if elsewhere else (),
+            nbytes=nbytes,
+            end=end,
+            version=version,
+            checksum=bundle.checksum,
+            stored=(ray.put(self._memory.array[:end]),) if elsewhere else (),
         )
 
 

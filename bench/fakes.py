@@ -46,7 +46,7 @@ class FakeRolloutActor:
 
     async def sync(self, weights: Published, *, expected: list[Any], **settings: Any) -> int:
         await expected[0]
-        return weights.bundle.version
+        return weights.version
 
 
 class FakeModelActor:

@@ -104,12 +104,16 @@ class Roles:
         """Until all are ready.
 
         Returns:
-            What the start took: role -> seconds until it was ready, and of the rollout's the parts that are vLLM's.
+            What the start took: role -> seconds until it was ready, and of these what vLLM and DeepSpeed took.
         """
         seconds = _seconds_until_done(self.setups)
         infos = self.rollout.call(RolloutActor.info)
         self.rollout_nodes.update(info["node"] for info in infos)
-        return seconds | {"vllm_import": infos[0]["import_seconds"], "vllm_engine": infos[0]["init_seconds"]}
+        return seconds | {
+            "vllm_import": infos[0]["import_seconds"],
+            "vllm_engine": infos[0]["init_seconds"],
+            "deepspeed": collect(self.setups["policy"], "policy")[0],
+        }
 
     def logprobs(self, shards: list[Any]) -> list[Any]:
         """Of every shard under the policy before this step's updates. None each where one update makes the step: its

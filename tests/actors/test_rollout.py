@@ -219,7 +219,7 @@ class PublishingActor:
     def publish(self, bundle, stored):
         published = self.publisher.publish(unpack(bundle), version=bundle.version, nodes=[this_node()])
         if stored:
-            reference = ray.put(published.place.read(published.nbytes).copy())
+            reference = ray.put(published.place.read(published.end).copy())
             published = dataclasses.replace(published, node="another", stored=(reference,))
         return published
 
