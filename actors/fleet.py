@@ -37,6 +37,12 @@ def engine_dtype(config: RolloutConfig) -> str:
     return str({**defaults, **config.engine}["dtype"])
 
 
+def engine_workers(config: RolloutConfig) -> int:
+    """Processes of one engine that hold a part of the weights each."""
+    sizes = [config.engine.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
+    return int(sizes[0] * sizes[1])
+
+
 def probe_tolerance(*dtypes: str) -> float:
     """Nats by which two computations of the probe's log-probabilities may differ on average. Random tokens are
     improbable, and half precision is coarse there: 0.06 was seen on a model of 135M."""

@@ -14,6 +14,7 @@ import torch
 from actors.learner import LearnerActor
 from actors.publishing import Published, Publisher
 from actors.scoring import mean_nats
+from actors.weight_group import Seat, WeightGroup
 from actors.weights import ADAPTER_A, ADAPTER_B
 from rayllm.algorithms.advantages import masked_moments, whiten
 from rayllm.algorithms.kl import kl_estimate
@@ -49,6 +50,7 @@ class PolicyActor(LearnerActor):
         super().__init__(rank=rank, world_size=world_size, config=config, role=config.policy)
         self.estimator = config.algorithm.estimator
         self._publisher = Publisher()
+        self._weight_group: WeightGroup | None = None
         self.ptx: PackedRows | None = None
         if ptx_tokens is not None:
             tokens = np.load(ptx_tokens, mmap_mode="r")
@@ -332,6 +334,18 @@ class PolicyActor(LearnerActor):
         for _ in tensors:  # ZeRO-3 gathers on all ranks
             continue
         return None
+
+    def join_engines(self, seat: Seat) -> None:
+        """Meet the engines in a `WeightGroup`."""
+        self._weight_group = WeightGroup(seat, self.engine.device)
+
+    def send_weights(self, *, dtype: str) -> None:
+        """Send all weights, adapters merged, to the engines that this rank has joined; every rank must be called."""
+        tensors = self.engine.named_tensors()
+        if self._weight_group is not None:
+            self._weight_group.send(tensors, dtype=DTYPES[dtype])
+        for _ in tensors:  # ZeRO-3 gathers on all ranks
+            continue
 
     def _adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, adapter in self.engine.named_adapters():

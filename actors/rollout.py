@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from actors.conversation import Conversations
 from actors.publishing import Published, this_node
 from actors.seeds import sample_seed
 from actors.vllm_engine import Request, make_engine, set_environment
+from actors.weight_group import Seat
 from actors.weights import WeightBundle, merged, read_safetensors, safetensors_shapes, unpack, verify
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.data.experience import Experience
@@ -44,6 +46,13 @@ class RolloutInfo(TypedDict):
     omp_num_threads: int
     rss_bytes: int
     max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Weights that the learner sends through the group that it and the engines have joined."""
+
+    version: int
 
 
 class RolloutActor:
@@ -241,19 +250,27 @@ class RolloutActor:
         found = dict(zip(unique, rollouts, strict=True))
         return collate([found[i] for i in shard.prompt_ids.tolist()], pad_token_id=self._pad_token_id)
 
-    async def update_weights(self, weights: Published | WeightBundle, *, keep_cache: bool = False) -> int:
+    async def join(self, seat: Seat) -> None:
+        """Meet the learner in a `WeightGroup`; the seat is that of this engine's first worker."""
+        await self._engine.join(seat)
+
+    async def update_weights(
+        self, weights: Published | WeightBundle | Sent, *, keep_cache: bool = False
+    ) -> int:
         """Replace the weights between two engine steps and drop the prefix cache; returns their version.
 
         Responses under way go on with the new weights; each token tells the version that sampled it.
 
         Args:
-            weights: all of them, or adapters of the model folder's.
+            weights: all of them, or adapters of the model folder's; or word that they come through the group.
             keep_cache: as in ``VllmEngine.update``.
 
         Raises:
             RuntimeError: the weights are damaged, lack a tensor of the checkpoint, have one too many or one of
                 another shape. The old ones go on serving.
         """
+        if isinstance(weights, Sent):
+            return await self._engine.receive(version=weights.version, keep_cache=keep_cache)
         bundle = weights if isinstance(weights, WeightBundle) else await asyncio.to_thread(weights.fetch)
         await asyncio.to_thread(verify, bundle)
         if bundle.scaling:
@@ -264,7 +281,7 @@ class RolloutActor:
 
     async def sync(
         self,
-        weights: Published | WeightBundle,
+        weights: Published | WeightBundle | Sent,
         *,
         probe: list[int],
         expected: list[Awaitable[list[float]]],

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from actors.vllm_engine import EXIT_CODE, EXIT_GRACE_S, FIXED_ARGS, ResultT, VllmEngine, retie, stopped
+from actors.weight_group import Seat, WeightGroup
 from actors.weights import Memory, pack, unpack
 
 
@@ -26,12 +27,26 @@ class WorkerExtension:
 
     model_runner: Any
     reload_weights: Callable[..., Any]
+    rank: int
+    device: torch.device
 
     def load_published(self, message: bytes) -> None:
         """Load the weights of a pickled `WeightBundle` without a buffer, the buffer's `Place` and its length."""
         bundle, place, nbytes = pickle.loads(message)
         bundle = dataclasses.replace(bundle, buffer=place.read(nbytes))
-        self.reload_weights(weights_iterator=unpack(bundle))
+        self._load(unpack(bundle))
+
+    def join(self, seat: tuple[Any, ...]) -> None:
+        """Meet the learner; ``seat`` is the first worker's."""
+        self._group = WeightGroup(Seat(*seat).moved(self.rank), self.device)
+
+    def receive(self, message: bytes) -> None:
+        """Load what the learner sends; the message is a pickled pair of expected shapes and optional names."""
+        expected, optional = pickle.loads(message)
+        self._load(self._group.receive(expected, optional))
+
+    def _load(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.reload_weights(weights_iterator=named)
         retie(self.model_runner.get_model())
 
 
@@ -79,12 +94,24 @@ class AsyncEngine(VllmEngine):
     async def _replace(
         self, named: Iterable[tuple[str, torch.Tensor]], *, version: int, keep_cache: bool
     ) -> None:
+        bundle = await asyncio.to_thread(pack, named, version=version, memory=self._memory)
+        header = dataclasses.replace(bundle, buffer=bundle.buffer[:0])
+        message = pickle.dumps((header, self._memory.place(), bundle.buffer.nbytes))
+        await self._change("load_published", message, version=version, keep_cache=keep_cache)
+
+    async def join(self, seat: Seat) -> None:
+        await self._llm.collective_rpc("join", args=(tuple(seat),))
+
+    async def receive(self, *, version: int, keep_cache: bool = False) -> int:
+        message = pickle.dumps((self._shapes, self._optional))
+        await self._change("receive", message, version=version, keep_cache=keep_cache)
+        return version
+
+    async def _change(self, method: str, message: bytes, *, version: int, keep_cache: bool) -> None:
+        """Let every worker run the method of `WorkerExtension` between two steps."""
         try:
-            bundle = await asyncio.to_thread(pack, named, version=version, memory=self._memory)
-            header = dataclasses.replace(bundle, buffer=bundle.buffer[:0])
-            message = pickle.dumps((header, self._memory.place(), bundle.buffer.nbytes))
             await self._llm.pause_generation(mode="keep", clear_cache=not keep_cache)
-            await self._llm.collective_rpc("load_published", args=(message,))
+            await self._llm.collective_rpc(method, args=(message,))
             self.version = version
             await self._llm.update_weight_version(str(version))
             await self._llm.resume_generation()

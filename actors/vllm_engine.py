@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import set_num_threads  # vLLM replaces the attribute by a function that does nothing
 
+from actors.weight_group import Seat
 from actors.weights import check_shapes, safetensors_shapes
 
 ResultT = TypeVar("ResultT")
@@ -208,6 +209,15 @@ class VllmEngine(ABC):
         check_shapes(shapes, expected=self._shapes, optional=self._optional)
         await self._replace(named, version=version, keep_cache=keep_cache)
         return version
+
+    @abstractmethod
+    async def join(self, seat: Seat) -> None:
+        """Let the engine's workers meet the learner; ``seat`` is the first one's, the others' follow."""
+
+    @abstractmethod
+    async def receive(self, *, version: int, keep_cache: bool = False) -> int:
+        """Like `update`, with what the learner sends to the group that was joined. A failure ends the process: a part
+        may have been loaded."""
 
     def _prompt(self, token_ids: Sequence[int]) -> dict[str, Any]:
         """The salt keeps new requests from the cache of older weights, where that is kept for running ones."""

@@ -10,12 +10,22 @@ from typing import Any
 import ray
 
 from actors.critic import CriticActor
-from actors.fleet import Dispatcher, engine_dtype, probe_tokens, probe_tolerance, rollout_role, start_rollout_actors
+from actors.fleet import (
+    Dispatcher,
+    engine_dtype,
+    engine_workers,
+    probe_tokens,
+    probe_tolerance,
+    rollout_role,
+    start_rollout_actors,
+)
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
+from actors.publishing import Published
 from actors.reference import ReferenceActor
 from actors.reward import EnvironmentRewardActor, FunctionRewardActor, GoldRewardActor, RewardActor
-from actors.rollout import RolloutActor
+from actors.rollout import RolloutActor, Sent
+from actors.weight_group import Seat
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.models.loading import max_positions, vocabulary_size
@@ -109,11 +119,28 @@ class Roles:
         seconds = _seconds_until_done(self.setups)
         infos = self.rollout.call(RolloutActor.info)
         self.rollout_nodes.update(info["node"] for info in infos)
+        self._join_engines()
         return seconds | {
             "vllm_import": infos[0]["import_seconds"],
             "vllm_engine": infos[0]["init_seconds"],
             "deepspeed": collect(self.setups["policy"], "policy")[0],
         }
+
+    def _join_engines(self) -> None:
+        """Where weights do not go through memory: rank 0 and all engines in one group, or each rank with its engine."""
+        kind = self.config.rollout.weight_transfer
+        if kind == "memory":
+            return
+        workers = engine_workers(self.config.rollout)
+        engines = [[rank] for rank in range(len(self.rollout))] if kind == "ipc" else [list(range(len(self.rollout)))]
+        joining: list[Any] = []
+        for rank, members in enumerate(engines):
+            ((host, port),) = collect(self.policy.submit(PolicyActor.address, rank=rank), "policy")
+            seat = Seat(host, port, 0, 1 + len(members) * workers, kind)
+            joining += self.policy.submit(PolicyActor.join_engines, seat, rank=rank)
+            for place, engine in enumerate(members):
+                joining += self.rollout.submit(RolloutActor.join, seat.moved(1 + place * workers), rank=engine)
+        collect(joining, "rollout")
 
     def logprobs(self, shards: list[Any]) -> list[Any]:
         """Of every shard under the policy before this step's updates. None each where one update makes the step: its
@@ -154,18 +181,23 @@ class Roles:
         """What the policy learned to every rollout actor; where it lies travels, not the weights. Each proves that it
         serves them before it hands out what it samples: a text must be as probable to it as to the policy."""
         dtype = engine_dtype(self.config.rollout)
-        published = self.policy.submit(
-            PolicyActor.publish_weights, version, dtype=dtype, nodes=sorted(self.rollout_nodes)
-        )
+        sending: list[Any] = []
+        weights: Published | Sent
+        if self.config.rollout.weight_transfer == "memory":
+            nodes = sorted(self.rollout_nodes)
+            weights = self.policy.call(PolicyActor.publish_weights, version, dtype=dtype, nodes=nodes)[0]
+        else:
+            sending, weights = self.policy.submit(PolicyActor.send_weights, dtype=dtype), Sent(version)
         expected = self.policy.submit(PolicyActor.text_logprobs, self.probe)[0]
         self.rollout.call(
             RolloutActor.sync,
-            collect(published, "policy")[0],
+            weights,
             probe=self.probe,
             expected=[expected],
             tolerance=probe_tolerance(dtype, self.config.policy.learner.dtype),
             keep_cache=self.config.rollout.keep_cache,
         )
+        collect(sending, "policy")
 
     def move_reference(self, step: int) -> None:
         """Every ``reference.update_every`` steps the reference moves towards the policy."""

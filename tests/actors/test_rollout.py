@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,11 +13,13 @@ import pytest
 import ray
 import torch
 
+from actors import weight_group
 from actors.publishing import Publisher, this_node
-from actors.rollout import RolloutActor, sample_seed
+from actors.rollout import RolloutActor, Sent, sample_seed
 from actors.vllm_async import AsyncEngine
 from actors.vllm_engine import EXIT_GRACE_S
 from actors.vllm_stepped import SteppedEngine
+from actors.weight_group import Seat
 from actors.weights import pack, read_safetensors, unpack
 from rayllm.data.prompts import PromptSpan, PromptStream
 from rayllm.data.tokenizer import stop_token_ids
@@ -416,6 +419,44 @@ def text_logprobs(model, text):
     return logprobs.gather(1, torch.tensor(text)[1:, None])[:, 0].tolist()
 
 
+class SendingActor:
+    """A learner that sends ready bundles through a group, in many small buckets."""
+
+    def join(self, seat):
+        weight_group.BUCKET_BYTES = 1 << 16
+        self.group = weight_group.WeightGroup(seat, torch.device("cpu"))
+
+    def send(self, bundle):
+        self.group.send(unpack(bundle), dtype=None)
+
+
+@pytest.fixture
+def sender(local_ray):
+    sender = local_ray.remote(SendingActor).options(num_cpus=0).remote()
+    yield sender
+    local_ray.kill(sender)
+
+
+def meet(local_ray, sender, actor, kind):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        seat = Seat("127.0.0.1", free.getsockname()[1], 0, 2, kind)
+    local_ray.get([sender.join.remote(seat), actor.join.remote(seat.moved(1))])
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "ipc"])
+def test_weights_come_through_a_group_bucket_by_bucket(local_ray, actor, sender, models, bundles, prompts, kind):
+    """Over gloo and shared memory: what NCCL and CUDA IPC do between GPUs."""
+    meet(local_ray, sender, actor, kind)
+    for version, serving in ((4, 1), (5, 0)):
+        sent = sender.send.remote(bundles[serving])
+        assert local_ray.get(actor.update_weights.remote(Sent(version))) == version
+        local_ray.get(sent)
+        rollouts = generate(local_ray, actor, prompts)
+        assert logprob_differences(models[serving], rollouts, temperature=1.0).mean() < TOLERANCE
+        assert {v for r in rollouts for v in r.policy_versions} == {version}
+
+
 def test_a_sync_proves_which_weights_serve(local_ray, actor, models, bundles, prompts):
     ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
     proof = {"probe": text, "tolerance": TOLERANCE}
@@ -494,9 +535,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(local_ray, acto
 
 
 def test_the_engine_for_gpus_samples_and_updates_the_same(
-    local_ray, tiny_model_dir, actor, models, bundles, prompts
+    local_ray, tiny_model_dir, actor, sender, models, bundles, prompts
 ):
-    """AsyncLLM on CPU: what it samples, a sync with its proof, and an update under way."""
+    """AsyncLLM on CPU: what it samples, a sync with its proof, an update under way, and one through a group."""
     other = local_ray.remote(ActorOnAsyncLLM).options(num_cpus=1, max_concurrency=100)
     other = other.remote(str(tiny_model_dir), engine={}, seed=SEED)
     try:
@@ -511,9 +552,15 @@ def test_the_engine_for_gpus_samples_and_updates_the_same(
         proof = {"probe": text, "tolerance": TOLERANCE, "expected": [local_ray.put(text_logprobs(models[0], text))]}
         assert local_ray.get(other.sync.remote(bundles[0], **proof)) == 2
         local_ray.get(other.proved.remote())
+        meet(local_ray, sender, other, "broadcast")
+        sent = sender.send.remote(bundles[1])
+        assert local_ray.get(other.update_weights.remote(Sent(7))) == 7
+        local_ray.get(sent)
+        rollouts = generate(local_ray, other, prompts)
+        assert logprob_differences(models[1], rollouts, temperature=1.0).mean() < TOLERANCE
         with pytest.raises(RuntimeError, match="weight update refused: missing"):
             local_ray.get(other.update_weights.remote(pack([], version=3)))
-        assert {v for r in generate(local_ray, other, prompts) for v in r.policy_versions} == {2}
+        assert {v for r in generate(local_ray, other, prompts) for v in r.policy_versions} == {7}
         local_ray.get(other.shutdown.remote())
     finally:
         local_ray.kill(other)
