@@ -13,6 +13,10 @@ from actors.environment import worker_env
 
 ActorT = TypeVar("ActorT")
 
+PIECES = 4
+"""Calls into which `ActorGroup.map_pieces` divides a rank's rows: the actor works while later rows are on their way,
+and many rows do not cost as many calls."""
+
 
 @dataclass(frozen=True, slots=True)
 class Role:
@@ -36,7 +40,7 @@ class ActorGroup(Generic[ActorT]):
             arguments: rank -> the constructor's keyword arguments.
         """
         self.role = role
-        remote_cls: Any = ray.remote(cls)
+        remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"each": _each}))
         options = remote_cls.options(
             num_cpus=role.cpus,
             num_gpus=role.gpus,
@@ -70,10 +74,35 @@ class ActorGroup(Generic[ActorT]):
             for i, row in enumerate(rows)
         ]
 
+    def map_pieces(self, method: Callable[..., Any], *columns: Sequence[Any], **kwargs: Any) -> list[Any]:
+        """Like `map`, in at most `PIECES` calls a rank: rows of one call are done when its last one is.
+
+        For actors whose methods are not async.
+        """
+        rows = list(zip(*columns, strict=True))
+        references: list[Any] = [None] * len(rows)
+        for rank, actor in enumerate(self._actors):
+            mine = range(rank, len(rows), len(self._actors))
+            size = -(-len(mine) // PIECES)
+            for start in range(0, len(mine), max(size, 1)):
+                piece = mine[start : start + size]
+                cells = [cell for index in piece for cell in rows[index]]
+                call = actor.each.options(num_returns=len(piece))
+                found = call.remote(method.__name__, len(columns), *cells, **kwargs)
+                for index, reference in zip(piece, found if len(piece) > 1 else [found], strict=True):
+                    references[index] = reference
+        return references
+
     def stop(self) -> None:
         """End the processes."""
         for actor in self._actors:
             ray.kill(actor)
+
+
+def _each(self: Any, method: str, width: int, *cells: Any, **kwargs: Any) -> Any:
+    """A method of an actor on several rows of ``width`` arguments, which come one after the other."""
+    results = [getattr(self, method)(*row, **kwargs) for row in zip(*[iter(cells)] * width, strict=True)]
+    return results if len(results) > 1 else results[0]
 
 
 def collect(references: Sequence[Any], role: str) -> list[Any]:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.fleet import PROBE_TOKENS, Dispatcher
-from actors.group import ActorGroup, Role
+from actors.group import PIECES, ActorGroup, Role
 from actors.publishing import this_node
 from bench.fakes import FakeModelActor, FakeRolloutActor
 from bench.figures import circumstances, console, spread, written
@@ -98,6 +98,12 @@ class CountingGroup(ActorGroup[Any]):
         for row in zip(*columns, strict=True):
             self.traffic.call((row, kwargs))
         return super().map(method, *columns, **kwargs)
+
+    def map_pieces(self, method: Callable[..., Any], *columns: Any, **kwargs: Any) -> list[Any]:
+        rows = list(zip(*columns, strict=True))
+        for piece in range(min(PIECES, len(rows))):  # one rank
+            self.traffic.call((rows[piece :: PIECES], kwargs))
+        return super().map_pieces(method, *columns, **kwargs)
 
 
 class Meter(Watch):

@@ -53,7 +53,7 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
             with watch.timed("time/score"):
                 scale = controls.reward_scale(roles, rewards)
                 scores = (rewards, baselines, logprobs, ref_logprobs, values)
-                experience = roles.policy.map(
+                experience = roles.policy.map_pieces(
                     PolicyActor.experience, shards, *scores, kl_coef=controls.kl_coef, scale=scale
                 )
                 wait(experience)

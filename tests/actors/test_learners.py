@@ -433,6 +433,31 @@ def test_a_dead_actor_and_a_failing_call_are_named(local_ray):
     group.stop()
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 19])
+def test_rows_in_pieces_come_back_in_order_and_fill_every_rank(local_ray, num_rows):
+    class Adder:
+        def __init__(self):
+            self.calls = []
+
+        def add(self, left, right, *, scale):
+            self.calls.append(left)
+            return scale * (left + right)
+
+        def seen(self):
+            return self.calls
+
+    group = ActorGroup(Role("adder", 2, 0.1, 0), Adder, lambda rank: {})
+    lefts, rights = list(range(num_rows)), [10 * row for row in range(num_rows)]
+    rights[-1] = local_ray.put(rights[-1])  # references are waited for, as in `map`
+    try:
+        for way in (group.map, group.map_pieces):
+            sums = collect(way(Adder.add, lefts, rights, scale=3), "adder")
+            assert sums == [3 * 11 * row for row in range(num_rows)]
+        assert group.call(Adder.seen) == [2 * list(range(rank, num_rows, 2)) for rank in range(2)]
+    finally:
+        group.stop()
+
+
 def test_cpu_workers_compute_on_one_thread_without_the_shared_memory_op(local_ray):
     class Probe:
         def look(self):

@@ -30,6 +30,7 @@ def test_grpo_with_all_that_it_can_have(tiny_run, tmp_path):
         "shaping.normalize=running", "shaping.resample_rounds=1", "algorithm.entropy_coef=0.001",
         f"ptx.documents={world / 'documents.parquet'}", f"eval.documents={world / 'heldout_documents.parquet'}",
         "reference.update_every=1", "reference.ema=0.5", "max_policy_lag=1", "rollout.cut_tail=true",
+        "rollout.weight_transfer=broadcast",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     start, *steps = events(tmp_path)
@@ -51,6 +52,7 @@ def test_an_environment_teaches_without_a_file_of_prompts(tiny_run, tmp_path, ad
     done = rayllm(
         "ppo", f"run_dir={tmp_path}", f"model={source / 'sft/model'}", *SMALL, "reward.source=environment",
         "environment.name=guess_number", "environment.max_turns=2", f"algorithm.advantage={advantage}",
+        "rollout.weight_transfer=ipc",
     )  # fmt: skip
     if advantage == "remax":
         assert done.returncode == 2 and "environment" in done.stdout
