@@ -43,7 +43,7 @@ def data_files(path: Path) -> list[Path]:
             raise InputError(f"{path} must end in one of {' '.join(SUFFIXES)} (text may be compressed: .gz, .bz2)")
         return [path]
     if not path.is_dir():
-        raise InputError(f"no file or folder at {path}")
+        raise InputError(f"no file at {path}, and no folder")
     described = path / "dataset_dict.json"
     splits = set(json.loads(described.read_text())["splits"]) if described.is_file() else set()
     files = sorted(

@@ -70,8 +70,9 @@ def detect(row: Row, schema: SchemaName, *, near: Format | None = None) -> Forma
     if near is None and len(nearest.missing(row)) == len(nearest.columns):
         known = "; ".join(dict.fromkeys(", ".join(f.columns) for f in formats))
         raise RowError("columns", f"no format is known by {held}; a {schema} row needs one of: {known}")
-    lacking = nearest.missing(row) or [nearest.columns[0]]
-    raise RowError(lacking[0], f"missing; the row holds {held} (read as {nearest.name})")
+    lacking, *others = (nearest.missing(row) or nearest.columns)[0].split("|")
+    either = "".join(f", and no {other!r}" for other in others)
+    raise RowError(lacking, f"missing{either}; the row holds {held} (read as {nearest.name})")
 
 
 # conversations
