@@ -165,9 +165,10 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
         InputError: too few prompts for one step, rows that the judge cannot read, or an unusable environment.
     """
     if config.ptx.documents is not None:
-        stream = tokenize_documents(config.ptx.documents, tokenizer)
+        stream = tokenize_documents(config.ptx.documents, tokenizer, max_bad_rows=config.max_bad_rows)
         stream.save(job.dir / "ptx.npy")
-        job.add_data("ptx.documents", rows=stream.num_documents, tokens=len(stream.tokens), dropped={})
+        counts = {"rows": stream.num_documents, "tokens": len(stream.tokens)}
+        job.add_data("ptx.documents", **stream.facts, **counts, dropped={})
     if config.environment.name is not None and config.prompts is None:
         make = load_environment(config.environment.name, **config.environment.options)
         num_rows = config.prompts_per_step * config.num_steps
