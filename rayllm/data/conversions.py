@@ -32,6 +32,9 @@ from rayllm.data.messages import (
 )
 from rayllm.data.rows import Row, RowDropped, RowError
 
+ABOUT = ("labeler", "criteria", "category")
+"""Text about a ranking: who ranked, by what, and what kind of prompt it is."""
+
 # conversations
 
 
@@ -77,13 +80,17 @@ def _ranking(prompt: list[Message], responses: list[str], ranks: list[int], row:
         same = first.setdefault(response, index)
         if ranks[same] != ranks[index]:
             raise RowError(f"responses[{index}]", f"the same text as response {same}, ranked apart")
-    texts = {name: _optional_text(row, name) for name in ("labeler", "criteria", "category")}
-    texts["category"] = texts["category"] or _optional_text(row, "subset")  # RewardBench's name
+    texts = {name: row[name] if isinstance(row.get(name), str) else None for name in ABOUT}
+    if texts["category"] is None and isinstance(row.get("subset"), str):  # RewardBench's name
+        texts["category"] = row["subset"]
     usual = {"prompt": prompt, "responses": responses, "ranks": ranks, "response_ids": None, "scores": None}
     return usual | texts | given
 
 
 def responses_ranking(row: Row) -> Row:
+    for name in ABOUT:
+        if row.get(name) is not None:
+            text_of(row[name], name)
     sampled = row.get("response_ids") is not None
     responses = _texts(row["responses"], "responses", may_be_empty=sampled)  # a model may say nothing
     count = len(responses)
@@ -284,5 +291,3 @@ def _number(value: Any, field: str) -> float:
     raise RowError(field, f"must be a finite number, got {value!r:.40}")
 
 
-def _optional_text(row: Row, field: str) -> str | None:
-    return None if row.get(field) is None else text_of(row[field], field)

@@ -21,6 +21,9 @@ T = TypeVar("T")
 
 Paths = Path | tuple[WeightedPath, ...]
 
+PROMPT_TRAINED = "of a prompt to train on"
+"""Why a held-out row is dropped."""
+
 
 @dataclass
 class Origins:
@@ -147,8 +150,9 @@ class Reader:
         return items, origins
 
     def facts(self) -> dict[str, Any]:
-        """For the run record: formats, sources where there are several, bad rows."""
-        facts: dict[str, Any] = {"format": " and ".join(dict.fromkeys(e["format"] for e in self.read if e["format"]))}
+        """For the run record: formats, rows read, sources where there are several, bad rows."""
+        formats = dict.fromkeys(entry["format"] for entry in self.read if entry["format"])
+        facts: dict[str, Any] = {"format": " and ".join(formats), "read": sum(entry["rows"] for entry in self.read)}
         if len(self.read) > 1:
             facts["sources"] = self.read
         return facts | self.bad.facts()

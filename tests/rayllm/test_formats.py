@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from rayllm.data.files import iter_rows
@@ -184,6 +186,43 @@ def test_every_bad_row_of_a_thousand_is_named(tmp_path):
         first = next(number for number, line in enumerate(found, start=1) if line.kind)
         assert str(error.value).startswith(f"{path}:{first}: ")
     assert total == 1000
+
+
+WICKED = [None, True, 0, -1, 10**400, 1e308, float("nan"), "", " ", "\ud800", "Human:", "x" * 9, [], [[]], {}, [{}], [None], [0]]
+
+
+def spoiled(value, rng):
+    """``value`` with something wicked at a random depth."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        return {**value, key: spoiled(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        index = rng.randrange(len(value))
+        return [spoiled(item, rng) if at == index else item for at, item in enumerate(value)]
+    return rng.choice(WICKED)
+
+
+def test_whatever_a_row_holds_it_is_read_or_refused_by_name():
+    rng = random.Random(0)
+    refused = 0
+    for index in range(6_000):
+        schema, good = GOOD[sorted(GOOD)[index % len(GOOD)]]
+        row = good(index)
+        for _ in range(rng.randrange(1, 4)):
+            row = {**row, (key := rng.choice(list(row))): spoiled(row[key], rng)}
+        extra = rng.choice(["prompt", "chosen", "scores", "margin", "labeler", "input", "response_ids", "subset"])
+        row = {**row, extra: rng.choice(WICKED)} if rng.random() < 0.3 else row
+        try:
+            _, found = convert(row, schema)
+            messages = found["messages"] if schema == "conversation" else found["prompt"]
+            assert all(m["content"].strip() for m in messages if isinstance(m, dict))
+            assert all(type(token) is int for token in messages if not isinstance(token, str | dict))
+        except RowError as error:
+            refused += 1
+            assert error.field and len(str(error)) < 400
+        except RowDropped:
+            pass
+    assert refused > 3_000
 
 
 def test_one_bad_row_too_many_ends_the_reading_and_names_the_first(tmp_path):

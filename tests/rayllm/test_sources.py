@@ -206,6 +206,17 @@ def test_held_out_rankings_of_a_trained_prompt_are_left_out_and_counted(tmp_path
     assert rankings("c.jsonl", ["e"]).apart_from(train).dropped == {}
 
 
+def test_held_out_prompts_that_are_trained_on_are_left_out_and_counted(tmp_path, tiny_tokenizer):
+    def prompts(name, *given):
+        path = jsonl(tmp_path / name, [{"prompt": prompt} for prompt in given])
+        return read_prompts(path, tiny_tokenizer, max_prompt_tokens=60)
+
+    same = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a  b"}]
+    apart = prompts("b.jsonl", "c", same, [1, 2], [1, 3]).apart_from(prompts("a.jsonl", "a b", [1, 2]))
+    assert [row["prompt"] for row in apart.rows] == ["c", [1, 3]] and apart.token_ids[1] == [1, 3]
+    assert apart.dropped == {"of a prompt to train on": 2}
+
+
 def sft(*overrides: str) -> SftConfig:
     return load_config(SftConfig, None, ["run_dir=/x", "model=/m", *overrides]).config
 
