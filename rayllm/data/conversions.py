@@ -8,7 +8,9 @@ feedback      {"prompt": [messages], "responses": [text], "desirable": [bool]}
 prompt        the row's own columns, and "prompt": text, [messages] or [token ids]
 ```
 
-They raise RowError for a malformed row, and RowDropped for one that is well-formed and of no use.
+Blanks around a response are cut off: with them its first tokens would depend on what stands before. What comes
+with its tokens, and conversations, are taken as they are. Conversions raise RowError for a malformed row, and
+RowDropped for one that is well-formed and of no use.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ def responses_ranking(row: Row) -> Row:
         if row.get(name) is not None:
             text_of(row[name], name)
     sampled = row.get("response_ids") is not None
-    responses = _texts(row["responses"], "responses", may_be_empty=sampled)  # a model may say nothing
+    responses = _texts(row["responses"], "responses", sampled=sampled)
     count = len(responses)
     scores = None if row.get("scores") is None else _numbers(row["scores"], "scores", count)
     if row.get("ranks") is None:
@@ -120,7 +122,7 @@ def completions_ranking(row: Row) -> Row:
         where = f"completions[{index}]"
         if not isinstance(completion, dict):
             raise RowError(where, f"must hold 'response' and a score, got {completion!r:.60}")
-        responses.append(text_of(completion.get("response"), f"{where}.response"))
+        responses.append(response_of(completion.get("response"), f"{where}.response"))
         scores.append(_score(completion, where))
     return _ranking(prompt_of(row[asked], asked), responses, ranks_of(scores), row, scores=scores)
 
@@ -179,7 +181,7 @@ def implicit_pair(row: Row) -> Row:
     if not chosen[:same].strip():
         raise RowError("chosen", "does not begin as rejected does, and there is no prompt")
     prompt = [{"role": "user", "content": chosen[:same].strip()}]
-    return _pair(prompt, text_of(chosen[same:], "chosen"), text_of(rejected[same:], "rejected"), row)
+    return _pair(prompt, response_of(chosen[same:], "chosen"), response_of(rejected[same:], "rejected"), row)
 
 
 def _pair(prompt: list[Message], chosen: str, rejected: str, row: Row) -> Row:
@@ -265,11 +267,13 @@ def ranks_of(scores: list[float]) -> list[int]:
     return [order.index(score) for score in scores]
 
 
-def _texts(value: Any, field: str, *, may_be_empty: bool) -> list[str]:
+def _texts(value: Any, field: str, *, sampled: bool) -> list[str]:
+    """What was sampled may be empty: a model may say nothing."""
     if not isinstance(value, list) or len(value) < 2:
         raise RowError(field, f"must be a list of at least two texts, got {value!r:.60}")
     return [
-        "" if may_be_empty and text == "" else text_of(text, f"{field}[{index}]") for index, text in enumerate(value)
+        text if sampled and isinstance(text, str) else response_of(text, f"{field}[{index}]")
+        for index, text in enumerate(value)
     ]
 
 

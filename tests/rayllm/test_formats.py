@@ -66,7 +66,7 @@ TALKED = [user("a"), assistant("b"), user("c")]
          [user("a")], ["x", "y", "z"], [1, 0, 1], None),
         ({"prompt": "a", "responses": ["x", "y", "z"], "scores": [1, 2.5, 1]}, "scored responses",
          [user("a")], ["x", "y", "z"], [1, 0, 1], [1.0, 2.5, 1.0]),
-        ({"prompt": "a", "chosen": "x", "rejected": "y", "margin": 0.5}, "preference pairs",
+        ({"prompt": "a", "chosen": " x", "rejected": "y\n", "margin": 0.5}, "preference pairs",
          [user("a")], ["x", "y"], [0, 1], [0.5, 0.0]),
         ({"prompt": [user("a")], "chosen": [assistant("x")], "rejected": [assistant("y")]}, "preference pairs",
          [user("a")], ["x", "y"], [0, 1], None),
@@ -83,6 +83,8 @@ TALKED = [user("a"), assistant("b"), user("c")]
         # one speaker's turns that follow each other are one
         ({"chosen": TALK + "x\n\nAssistant: z", "rejected": TALK + "y"}, "Anthropic HH",
          TALKED, ["x\n\nz", "y"], [0, 1], None),
+        ({"chosen": " " + TALK.strip().replace("\n", "\r\n") + " x", "rejected": TALK.lstrip() + "y"}, "Anthropic HH",
+         TALKED, ["x", "y"], [0, 1], None),
         ({"prompt": TALK, "chosen": "x", "rejected": "y"}, "preference pairs", TALKED, ["x", "y"], [0, 1], None),
         ({"instruction": "a", "completions": [
             {"response": "x", "overall_score": 2.0, "fine-grained_score": 5.0}, {"response": "y", "overall_score": 7},
@@ -103,11 +105,11 @@ def test_rankings(row, name, prompt, responses, ranks, scores):
 
 
 def test_what_is_known_of_a_ranking_is_kept():
-    row = {"prompt": "a", "responses": ["x", ""], "ranks": [0, 1], "response_ids": [[5, 2], [2]], "labeler": "ana",
+    row = {"prompt": "a", "responses": ["", " "], "ranks": [0, 1], "response_ids": [[2], [5, 2]], "labeler": "ana",
            "criteria": "honest", "subset": "chat", "scores": None, "seconds": 3}  # fmt: skip
     _, ranking = convert(row, "ranking")
     assert ranking == {
-        "prompt": [user("a")], "responses": ["x", ""], "ranks": [0, 1], "response_ids": [[5, 2], [2]], "labeler": "ana",
+        "prompt": [user("a")], "responses": ["", " "], "ranks": [0, 1], "response_ids": [[2], [5, 2]], "labeler": "ana",
         "criteria": "honest", "category": "chat", "scores": None,
     }  # fmt: skip
 
@@ -116,6 +118,7 @@ def test_what_is_known_of_a_ranking_is_kept():
     ("row", "reason"),
     [
         ({"chosen": TALK, "rejected": TALK + "y"}, "an answer without words"),
+        ({"chosen": TALK.replace(" b", " ") + "x", "rejected": TALK.replace(" b", " ") + "y"}, "once said nothing"),
         ({"chosen": TALK + "x", "rejected": "\n\nHuman: a\n\nAssistant: z"}, "part before the last turn"),
         (
             {"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]},
