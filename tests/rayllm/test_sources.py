@@ -267,6 +267,13 @@ def test_a_run_records_all_its_sources(tmp_path, tiny_model_dir):
     assert Run("sft", load_config(SftConfig, None, arguments)).fingerprint != before
 
 
+def test_a_folder_that_is_neither_model_nor_data_has_an_id(tmp_path):
+    (tmp_path / "weights.part").write_text("half")
+    before = content_id(tmp_path)
+    (tmp_path / "weights.part").write_text("more")
+    assert content_id(tmp_path) != before
+
+
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
     """The data set my/set with the splits train and test, as `datasets` leaves it in its cache once it was loaded."""
