@@ -4,7 +4,7 @@
 conversation  {"messages": [{role, content}, ...]}                           the assistant's turn last
 ranking       {"prompt": [messages], "responses": [text], "ranks": [int],    0 is best, ties share a rank
                "response_ids", "scores", "labeler", "criteria", "category"}  None where not given
-feedback      {"prompt": [messages], "responses": [text], "desirable": [bool]}
+feedback      {"prompt", "responses", "response_ids", "desirable": [bool]}
 prompt        the row's own columns, and "prompt": text, [messages] or [token ids]
 ```
 
@@ -205,7 +205,8 @@ def unpaired_feedback(row: Row) -> Row:
     if not isinstance(row["label"], bool):
         raise RowError("label", f"must be true or false, got {row['label']!r:.40}")
     response = response_of(row[said], said)
-    return {"prompt": prompt_of(row["prompt"], "prompt"), "responses": [response], "desirable": [row["label"]]}
+    prompt = prompt_of(row["prompt"], "prompt")
+    return {"prompt": prompt, "responses": [response], "response_ids": None, "desirable": [row["label"]]}
 
 
 def ranking_feedback(convert: Callable[[Row], Row], row: Row) -> Row:
@@ -214,13 +215,13 @@ def ranking_feedback(convert: Callable[[Row], Row], row: Row) -> Row:
     ranks = ranking["ranks"]
     if min(ranks) == max(ranks):
         raise RowDropped("no response better than another")
-    kept = [
-        (text, rank) for text, rank in zip(ranking["responses"], ranks, strict=True) if rank in (min(ranks), max(ranks))
-    ]
+    kept = [index for index, rank in enumerate(ranks) if rank in (min(ranks), max(ranks))]
+    ids = ranking["response_ids"]
     return {
         "prompt": ranking["prompt"],
-        "responses": [text for text, _ in kept],
-        "desirable": [rank == min(ranks) for _, rank in kept],
+        "responses": [ranking["responses"][index] for index in kept],
+        "response_ids": None if ids is None else [ids[index] for index in kept],
+        "desirable": [ranks[index] == min(ranks) for index in kept],
     }
 
 

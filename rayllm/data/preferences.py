@@ -149,7 +149,7 @@ def read_feedback(paths: Paths, tokenizer: Any, *, max_length: int, max_bad_rows
 def _encode(row: Row, tokenizer: Any) -> tuple[int, list[np.ndarray]]:
     """(tokens of the prompt, prompt and response of each response)."""
     prompt = prompt_token_ids(tokenizer, row["prompt"])
-    if row.get("response_ids") is not None:
+    if row["response_ids"] is not None:
         for index, ids in enumerate(row["response_ids"]):
             if max(ids) >= len(tokenizer):
                 raise RowError(

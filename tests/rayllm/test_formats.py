@@ -133,13 +133,16 @@ def test_a_pair_that_is_no_use_is_dropped_and_not_bad(row, reason):
 
 def test_feedback_single_and_of_rankings():
     row = {"prompt": "a", "completion": [assistant("x")], "label": False}
-    assert convert(row, "feedback")[1] == {"prompt": [user("a")], "responses": ["x"], "desirable": [False]}
-    row = {"prompt": "a", "responses": ["x", "y", "z", "w"], "ranks": [1, 0, 2, 0]}
+    assert convert(row, "feedback")[1] == {
+        "prompt": [user("a")], "responses": ["x"], "response_ids": None, "desirable": [False]
+    }  # fmt: skip
+    row = {"prompt": "a", "responses": ["x", "y", "z", ""], "ranks": [1, 0, 2, 0], "response_ids": [[4], [5], [6], [7]]}
     found = convert(row, "feedback")[1]
-    assert (found["responses"], found["desirable"]) == (["y", "z", "w"], [True, False, True])
+    assert (found["responses"], found["desirable"]) == (["y", "z", ""], [True, False, True])
+    assert found["response_ids"] == [[5], [6], [7]]
     row = {"chosen": TALK + "x", "rejected": TALK + "y"}
     name, found = convert(row, "feedback")
-    assert name == "Anthropic HH" and found == {"prompt": TALKED, "responses": ["x", "y"], "desirable": [True, False]}
+    assert name == "Anthropic HH" and (found["prompt"], found["desirable"]) == (TALKED, [True, False])
 
 
 @pytest.mark.parametrize(
