@@ -30,7 +30,9 @@ JSON_CELLS = {
 }  # fmt: skip
 """Columns whose cells are JSON in a CSV file: text cannot be told from a number otherwise."""
 
-_SPLIT = re.compile(r"(?:^|[-_./])(train|training|test|validation|valid|val|dev|eval|held|heldout)(?:[-_./]|$)", re.IGNORECASE)
+_SPLIT = re.compile(
+    r"(?:^|[-_./])(train|training|test|validation|valid|val|dev|eval|held|heldout)(?:[-_./]|$)", re.IGNORECASE
+)
 
 
 def data_files(path: Path) -> list[Path]:
