@@ -64,4 +64,4 @@ def test_transcripts_train_a_reward_model_with_some_prompts_set_aside(tmp_path, 
     assert (data["format"], data["rows"]) == ("Anthropic HH", 128)
     assert data["dropped"] == {"an answer without words": 1}
     assert 0 < data["heldout_rows"] < 64 and data["heldout_rows"] % 2 == 0  # both rows of a prompt are on one side
-    assert record["metrics"]["eval/accuracy"] > 0.9  # long against short is easily learned
+    assert record["metrics"]["train/loss"] < 0.05  # untrained: 0.29
