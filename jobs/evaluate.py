@@ -83,7 +83,7 @@ def run(loaded: Loaded[EvaluateConfig], console: Console, *, verbose: bool = Fal
                 answers, bits = {}, {}
                 for done, (name, path) in enumerate(config.models.items(), start=1):
                     progress.status(f"{name} answers")
-                    rows = held_out_text(config.heldout_documents, tokenizer)
+                    rows = held_out_text(config.heldout_documents, tokenizer, max_bad_rows=config.max_bad_rows)
                     bits[name] = actors.text.submit(ReferenceActor.bits_per_byte, str(path), rows)
                     answers[name] = ask(actors, config, path, prompts, tokenizer)
                     new = answers[name].get("new")
@@ -115,9 +115,12 @@ def read_splits(job: Run, config: EvaluateConfig, tokenizer: Any) -> dict[str, P
     room = max_positions(next(iter(config.models.values()))) - config.rollout.max_new_tokens
     splits = {}
     for name, path in config.prompts.items():
-        splits[name] = read_prompts(path, tokenizer, max_prompt_tokens=room, limit=config.num_prompts)
+        splits[name] = read_prompts(
+            path, tokenizer, max_prompt_tokens=room, limit=config.num_prompts, max_bad_rows=config.max_bad_rows
+        )
         check_world_rows(splits[name].rows, key=f"prompts.{name}")
-        job.add_data(f"prompts.{name}", rows=len(splits[name]), dropped=splits[name].dropped)
+        facts = splits[name].facts
+        job.add_data(f"prompts.{name}", **facts, rows=len(splits[name]), dropped=splits[name].dropped)
     return splits
 
 
