@@ -192,7 +192,7 @@ class Stage:
             compute=ActorPoolStrategy(
                 min_size=self.role.num_actors,
                 max_size=self.max_actors,
-                max_tasks_in_flight_per_actor=self.at_once + 1,
+                max_tasks_in_flight_per_actor=2 * self.at_once,  # with fewer waiting the pool would never grow
                 max_concurrent_calls_per_actor=self.at_once,
             ),
             num_cpus=self.role.cpus,
