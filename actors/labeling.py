@@ -227,7 +227,7 @@ def run_stages(
         flow += [_dataset(given)] if given else []
         if not flow:
             return
-        dataset = flow[0].union(*flow[1:])
+        dataset = flow[0] if len(flow) == 1 else flow[0].union(flow[1])
         if scorer is not None:
             dataset = scorer.over(dataset)
     with _readable_errors():

@@ -59,7 +59,7 @@ def agreement(tallies: Iterable[Tally]) -> Agreement | None:
     tail = (1 - COVERAGE) / 2
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [tail, 1 - tail])
     same, pairs = counts.sum(0)
-    return Agreement(same / pairs, float(low), float(high), int(pairs))
+    return Agreement(float(same / pairs), float(low), float(high), int(pairs))
 
 
 def compare_labelers(
