@@ -49,18 +49,22 @@ def probe_tolerance(*dtypes: str) -> float:
     return 0.01 if set(dtypes) == {"float32"} else 0.25
 
 
-def start_rollout_actors(
-    config: RolloutConfig, model: Path, *, seed: int, environment: EnvironmentConfig = EnvironmentConfig()
-) -> ActorGroup[RolloutActor]:
-    """Start the engines on a model folder; all sample with one seed, so that it does not matter who gets a prompt."""
-    arguments = {
+def rollout_arguments(config: RolloutConfig, model: Path, *, seed: int) -> dict[str, Any]:
+    """Of a `RolloutActor`; all sample with one seed, so that it does not matter who gets a prompt."""
+    return {
         "model_dir": str(model),
         "engine": config.engine,
         "seed": seed,
-        "environment": environment,
         "ignore_stop": config.ignore_stop,
         "timeout_s": config.timeout_s,
     }
+
+
+def start_rollout_actors(
+    config: RolloutConfig, model: Path, *, seed: int, environment: EnvironmentConfig = EnvironmentConfig()
+) -> ActorGroup[RolloutActor]:
+    """Start the engines on a model folder."""
+    arguments = rollout_arguments(config, model, seed=seed) | {"environment": environment}
     return ActorGroup(rollout_role(config), RolloutActor, lambda rank: arguments)
 
 

@@ -1,124 +1,259 @@
-"""Sample k answers per prompt with vLLM actors and rank them best to worst, written as rankings."""
+"""Sample k answers per prompt with vLLM and rank them best to worst: by the gold judge, or by a reward model.
+
+One Ray Data job samples (and scores) in chunks. Finished chunks are parts in the run folder, from which the same
+command goes on after a kill. What the labeler makes of the parts is written at the end.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
 
 from rich.console import Console
 
-from actors.fleet import generate, rollout_role, start_rollout_actors
-from actors.group import ActorGroup
+from actors.fleet import rollout_arguments, rollout_role
+from actors.group import Role
+from actors.labeling import AHEAD, Chunk, Sampler, Scorer, Stage, chunks_of, clear_parts, missing, read_part, run_stages
 from actors.placement import check_capacity, describe
-from actors.rollout import RolloutActor
-from jobs.judging import check_world_rows, judge_rollouts, response_text
+from jobs.judging import check_world_rows
+from jobs.label_model import check_same_tokens, given_answers, print_agreement, write_labels
 from jobs.session import ray_session
 from rayllm.config.base import Loaded
 from rayllm.config.label import LabelConfig
 from rayllm.data.chat import prompt_messages
 from rayllm.data.files import Row, check_data_file, write_parquet
+from rayllm.data.preferences import Ranking, read_rankings
 from rayllm.data.prompts import PromptData, read_prompts
-from rayllm.data.rollout import Rollout
+from rayllm.errors import InputError
 from rayllm.models.loading import check_model_dir, load_tokenizer, max_positions
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done, print_preamble
+from rayllm.world.judge import judge
 from rayllm.world.labelers import rank_responses
+from rayllm.world.prompts import Prompt
+
+NUM_LABELERS = 2
+"""Simulated people who rank the same held-out answers, so that their agreement is known."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the job reads, and the chunks into which it is cut, by config key."""
+
+    prompts: dict[str, PromptData]
+    """To be answered."""
+
+    rankings: list[Ranking]
+    """Of people, for the reward model to be compared with; their answers are given."""
+
+    chunks: dict[str, list[Chunk]]
 
 
 def run(loaded: Loaded[LabelConfig], console: Console, *, verbose: bool = False) -> Run:
-    """The `label` job: rankings.parquet with noisy labels, heldout_rankings.parquet with exact ones."""
+    """The `label` job. Gold: rankings.parquet with noisy labels, heldout_rankings.parquet with exact ones,
+    heldout_labelers.parquet by two noisy labelers. Reward model: see `jobs.label_model`."""
     config = loaded.config
-    check_model_dir(config.model, key="model")
-    check_data_file(config.prompts, key="prompts")
-    check_data_file(config.heldout_prompts, key="heldout_prompts")
+    check_inputs(config)
     job = Run("label", loaded)
     if job.done:
         return job
     with job:
-        tokenizer = load_tokenizer(config.model)
-        room = max_positions(config.model) - config.rollout.max_new_tokens
-        wanted = {"prompts": config.num_prompts, "heldout_prompts": config.num_heldout_prompts}
-        data: dict[str, PromptData] = {}
-        for key, limit in wanted.items():
-            data[key] = read_prompts(
-                getattr(config, key), tokenizer, max_prompt_tokens=room, limit=limit, max_bad_rows=config.max_bad_rows
-            )
-            check_world_rows(data[key].rows, key=key)
-            job.add_data(key, **data[key].facts, rows=len(data[key]), dropped=data[key].dropped)
-        metrics: dict[str, float] = {}
+        data = read(job, config)
+        parts = job.dir / "parts"
+        clear_parts(parts, unfinished_only=True)
+        stages = stages_of(config, data, parts)
+        roles = [stage.role for stage in stages]
         with ray_session(job.logs_dir, verbose=verbose):
-            role = rollout_role(config.rollout)
-            check_capacity([role])
-            print_preamble(console, job, placement=describe([role]))
-            actors = start_rollout_actors(config.rollout, config.model, seed=config.seed)
-            total = sum(len(prompts) for prompts in data.values())
-            with Progress(console, "label", total) as progress:
-                progress.status("starting vLLM")
-                done = 0
-                for key, noise, name in (
-                    ("prompts", config.noise, "rankings"),
-                    ("heldout_prompts", 0.0, "heldout_rankings"),
-                ):
-                    rollouts = sample(actors, data[key], config, progress, done)
-                    done += len(data[key])
-                    rows, figures = rank(data[key], rollouts, config, noise, tokenizer)
-                    write_parquet(rows, config.run_dir / f"{name}.parquet")
-                    metrics.update({f"{name}/{figure}": value for figure, value in figures.items()})
-            actors.stop()
-        job.log(total, metrics)
+            check_capacity(roles)
+            print_preamble(console, job, placement=describe(roles))
+            make_parts(config, data, parts, stages, console)
+        if config.labeler == "gold":
+            metrics = write_gold_labels(config, data, parts)
+        else:
+            metrics = write_labels(config, data.prompts["prompts"], data.rankings, data.chunks, parts)
+        job.log(sum(len(prompts) for prompts in data.prompts.values()), metrics)
         job.finish(metrics)
+        clear_parts(parts, unfinished_only=False)
         print_done(console, job, metrics)
+        if "agreement/reward_model" in metrics:
+            print_agreement(console, metrics)
     return job
 
 
-def sample(
-    actors: ActorGroup[RolloutActor], prompts: PromptData, config: LabelConfig, progress: Progress, before: int
-) -> list[Rollout]:
-    """k rollouts of every prompt."""
-    return generate(
-        actors,
-        list(enumerate(prompts.token_ids)),
-        num_samples=config.num_responses,
-        temperature=config.rollout.temperature,
-        max_new_tokens=config.rollout.max_new_tokens,
-        step=before,
-        on_done=lambda done: progress.update(before + done, {}),
+def check_inputs(config: LabelConfig) -> None:
+    """Raise InputError for a model or file that cannot be used."""
+    check_model_dir(config.model, key="model")
+    for key in ("prompts", "heldout_prompts", "heldout_rankings"):
+        if (path := getattr(config, key)) is not None:
+            check_data_file(path, key=key)
+    if config.reward_model is not None:
+        check_model_dir(config.reward_model, key="reward_model")
+        check_same_tokens(config.model, config.reward_model)
+
+
+def read(job: Run, config: LabelConfig) -> Data:
+    """Prompts, and people's rankings where there are some."""
+    tokenizer = load_tokenizer(config.model)
+    longest = min(max_positions(path) for path in (config.model, config.reward_model) if path is not None)
+    room = longest - config.rollout.max_new_tokens
+    prompts: dict[str, PromptData] = {}
+    for key, limit in (("prompts", config.num_prompts), ("heldout_prompts", config.num_heldout_prompts)):
+        if (path := getattr(config, key)) is None:
+            continue
+        prompts[key] = read_prompts(
+            path, tokenizer, max_prompt_tokens=room, limit=limit, max_bad_rows=config.max_bad_rows
+        )
+        if config.labeler == "gold":
+            check_world_rows(prompts[key].rows, key=key)
+        check_readable(prompts[key], key=key)
+        job.add_data(key, **prompts[key].facts, rows=len(prompts[key]), dropped=prompts[key].dropped)
+    chunks = {
+        key: chunks_of(key, [{"prompt_id": i, "token_ids": ids} for i, ids in enumerate(found.token_ids)])
+        for key, found in prompts.items()
+    }
+    rankings: list[Ranking] = []
+    if config.heldout_rankings is not None:
+        ranked = read_rankings(
+            config.heldout_rankings, tokenizer, max_length=longest, max_bad_rows=config.max_bad_rows
+        )
+        rankings = ranked.rankings
+        job.add_data(
+            "heldout_rankings", **ranked.origins.facts, rows=len(rankings), pairs=ranked.num_pairs, dropped=ranked.dropped
+        )
+        chunks["heldout_rankings"] = chunks_of("heldout_rankings", given_answers(rankings))
+    return Data(prompts, rankings, chunks)
+
+
+def check_readable(prompts: PromptData, *, key: str) -> None:
+    """Raise InputError for a prompt of token ids: who ranks must read it, and so must who learns from the labels."""
+    for index, row in enumerate(prompts.rows):
+        if not isinstance(row["prompt"], str) and isinstance(row["prompt"][0], int):
+            raise InputError(f"{key}: row {index}: a prompt to label must be text or messages, got token ids")
+
+
+def stages_of(config: LabelConfig, data: Data, parts: Path) -> list[Stage]:
+    """The engines, and the reward model's actors where there is one."""
+    rollout, scores = config.rollout, config.labeler == "reward-model"
+    starts = accumulate((len(prompts) for prompts in data.prompts.values()), initial=0)
+    sampler = Stage(
+        Sampler,
+        rollout_role(rollout),
+        config.max_actors or rollout.num_actors,
+        at_once=AHEAD,
+        arguments={
+            **rollout_arguments(rollout, config.model, seed=config.seed),
+            "sampling": {
+                "num_samples": config.num_responses,
+                "temperature": rollout.temperature,
+                "max_new_tokens": rollout.max_new_tokens,
+            },
+            "steps": dict(zip(data.prompts, starts, strict=False)),
+            "folder": None if scores else parts,
+        },
     )
+    if not scores:
+        return [sampler]
+    reward = config.reward
+    role = Role("reward", reward.num_actors, reward.cpus_per_actor, reward.gpus_per_actor)
+    arguments = {"model": str(config.reward_model), "micro_batch_size": reward.micro_batch_size, "folder": parts}
+    return [sampler, Stage(Scorer, role, reward.num_actors, at_once=1, arguments=arguments)]
+
+
+def make_parts(config: LabelConfig, data: Data, parts: Path, stages: list[Stage], console: Console) -> None:
+    """Sample, and score, what has no part yet."""
+    to_do = {key: missing(chunks, parts) for key, chunks in data.chunks.items()}
+    total = sum(len(chunk.rows) for chunks in data.chunks.values() for chunk in chunks)
+    done = total - sum(len(chunk.rows) for chunks in to_do.values() for chunk in chunks)
+    with Progress(console, "label", total) as progress:
+        progress.status("starting vLLM" + (f", {done} of {total} rows are done" if done else ""))
+
+        def on_done(rows: int) -> None:
+            nonlocal done
+            done += rows
+            progress.update(done, {})
+
+        run_stages(
+            stages[0],
+            stages[1] if len(stages) > 1 else None,
+            to_sample=[chunk for key in data.prompts for chunk in to_do[key]],
+            given=to_do.get("heldout_rankings", []),
+            on_done=on_done,
+        )
+
+
+def write_gold_labels(config: LabelConfig, data: Data, parts: Path) -> dict[str, float]:
+    """Rankings by simulated people and, of the held-out prompts, by the exact judge; returns figures."""
+    metrics: dict[str, float] = {}
+    answers = {key: [row for chunk in data.chunks[key] for row in read_part(chunk, parts)] for key in data.prompts}
+    judged = {key: judge_answers(data.prompts[key], rows) for key, rows in answers.items()}
+    for key, noise, name in (("prompts", config.noise, "rankings"), ("heldout_prompts", 0.0, "heldout_rankings")):
+        rng = random.Random(f"labels-{config.seed}")
+        rows = rank(data.prompts[key], answers[key], judged[key], noise, rng, labeler="gold")
+        write_parquet(rows, config.run_dir / f"{name}.parquet")
+        weighted = [
+            (gold, count)
+            for row, golds in zip(answers[key], judged[key], strict=True)
+            for gold, count in zip(golds, row["counts"], strict=True)
+        ]
+        figures = {
+            "prompts": len(rows),
+            "responses": sum(len(row["responses"]) for row in rows),
+            "all_answers_equal": len(answers[key]) - len(rows),
+            "gold_mean": sum(gold * count for gold, count in weighted) / sum(count for _, count in weighted),
+        }
+        metrics.update({f"{name}/{figure}": value for figure, value in figures.items()})
+    write_parquet(
+        [
+            row
+            for number in range(1, NUM_LABELERS + 1)
+            for row in rank(
+                data.prompts["heldout_prompts"],
+                answers["heldout_prompts"],
+                judged["heldout_prompts"],
+                config.noise,
+                random.Random(f"labels-{config.seed}-{number}"),
+                labeler=f"gold {number}",
+            )
+        ],
+        config.run_dir / "heldout_labelers.parquet",
+    )
+    return metrics
+
+
+def judge_answers(prompts: PromptData, answers: list[Row]) -> list[list[float]]:
+    """The gold judge's score of every answer."""
+    return [
+        [
+            judge(Prompt.from_row(prompts.rows[row["prompt_id"]]), text, stopped=stopped).gold
+            for text, stopped in zip(row["responses"], row["stopped"], strict=True)
+        ]
+        for row in answers
+    ]
 
 
 def rank(
-    prompts: PromptData, rollouts: Sequence[Rollout], config: LabelConfig, noise: float, tokenizer: Any
-) -> tuple[list[Row], dict[str, float]]:
-    """Rows of a rankings file. Equal answers are merged; prompts left with one answer are dropped and counted."""
-    rng = random.Random(f"labels-{config.seed}")
-    rows: list[Row] = []
-    judged = judge_rollouts(prompts.rows, rollouts, tokenizer)
-    k = config.num_responses
-    for prompt_id in range(len(prompts)):
-        distinct: dict[str, int] = {}
-        for index in range(prompt_id * k, prompt_id * k + k):
-            distinct.setdefault(response_text(tokenizer, rollouts[index]), index)
-        if len(distinct) < 2:
-            continue
-        chosen = list(distinct.values())
-        rows.append(
-            {
-                "prompt": prompt_messages(prompts.rows[prompt_id]["prompt"]),
-                "responses": list(distinct),
-                "response_ids": [list(rollouts[index].token_ids) for index in chosen],
-                "ranks": rank_responses([judged[index].gold for index in chosen], noise=noise, rng=rng),
-                "labeler": f"{config.labeler}, noise {noise:g}",
-            }
-        )
-    golds = [verdict.gold for verdict in judged]
-    figures = {
-        "prompts": len(rows),
-        "responses": sum(len(row["responses"]) for row in rows),
-        "all_answers_equal": len(prompts) - len(rows),
-        "gold_mean": sum(golds) / len(golds),
-    }
-    return rows, figures
+    prompts: PromptData,
+    answers: list[Row],
+    judged: list[list[float]],
+    noise: float,
+    rng: random.Random,
+    *,
+    labeler: str,
+) -> list[Row]:
+    """Rows of a rankings file; prompts with a single answer are left out."""
+    return [
+        {
+            "prompt": prompt_messages(prompts.rows[row["prompt_id"]]["prompt"]),
+            "responses": row["responses"],
+            "response_ids": row["response_ids"],
+            "ranks": rank_responses(golds, noise=noise, rng=rng),
+            "labeler": f"{labeler}, noise {noise:g}",
+        }
+        for row, golds in zip(answers, judged, strict=True)
+        if len(golds) > 1
+    ]
 
 
 if __name__ == "__main__":

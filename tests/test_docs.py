@@ -22,6 +22,7 @@ RUN_BY = {
     ".venv/bin/rayllm serve model=runs/quickstart/ppo/model": ".ci/run",
     ".venv/bin/rayllm chat": ".ci/run",
     ".venv/bin/rayllm sft run_dir=runs/mine": ".ci/run",
+    ".venv/bin/rayllm label labeler=reward-model": ".ci/run",
     ".venv/bin/python -m bench.algorithms runs/quickstart runs/algorithms": ".ci/run",
     ".venv/bin/rayllm ppo --config runs/quickstart/ppo/config.yaml --config jobs/configs/grpo.yaml": ".ci/run",
     "ray job submit --address http://HEAD:8265": "tests/jobs/test_pipeline.py",

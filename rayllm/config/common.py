@@ -159,6 +159,22 @@ class WorkersConfig(Config):
     """Restarts of the worker group from the last checkpoint before the job fails."""
 
 
+class ActorsConfig(Config):
+    """One role's Ray actors."""
+
+    num_actors: int = Field(1, ge=1)
+    """Processes; for policy and critic these are data-parallel ranks."""
+
+    cpus_per_actor: float = Field(1, gt=0)
+    """CPUs that Ray reserves for each."""
+
+    gpus_per_actor: float = Field(0, ge=0)
+    """GPUs that Ray reserves for each; 0 computes on CPU."""
+
+    micro_batch_size: int = Field(64, ge=1)
+    """Most rows in one forward pass."""
+
+
 class CheckpointConfig(Config):
     every_steps: int = Field(100, ge=1)
     """Steps between checkpoints; one more is written at the end."""

@@ -8,27 +8,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rayllm.config.base import Config
-from rayllm.config.common import LearnerConfig, OptimizerConfig, check_optimizer
+from rayllm.config.common import ActorsConfig, LearnerConfig, OptimizerConfig, check_optimizer
 from rayllm.config.label import RolloutConfig
 
 if TYPE_CHECKING:
     from rayllm.algorithms.advantages import Advantage
-
-
-class ActorsConfig(Config):
-    """One role's Ray actors."""
-
-    num_actors: int = Field(1, ge=1)
-    """Processes; for policy and critic these are data-parallel ranks."""
-
-    cpus_per_actor: float = Field(1, gt=0)
-    """CPUs that Ray reserves for each."""
-
-    gpus_per_actor: float = Field(0, ge=0)
-    """GPUs that Ray reserves for each; 0 computes on CPU."""
-
-    micro_batch_size: int = Field(64, ge=1)
-    """Most rows in one forward pass."""
 
 
 class LearnerActorsConfig(ActorsConfig):

@@ -9,6 +9,7 @@ import pytest
 from jobs.cli import COMMANDS
 from rayllm.config.base import describe_fields, load_config
 from rayllm.config.common import OptimizerConfig
+from rayllm.config.label import LabelConfig
 from rayllm.config.pipeline import WIRING, PipelineConfig
 from rayllm.config.ppo import PPOConfig
 from rayllm.config.sft import SftConfig
@@ -212,3 +213,19 @@ def test_text_on_the_command_line_stays_text(text):
 
     assert load_config(ChatConfig, None, [f"prompt={text}"]).config.prompt == text
     assert load_config(ChatConfig, None, ["prompt=null"]).config.prompt is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "labeler=gold needs heldout_prompts"),
+        (["labeler=reward-model"], "labeler=reward-model needs reward_model"),
+        (["heldout_prompts=h", "reward_model=w"], "labeler=gold does not use reward_model="),
+        (["labeler=reward-model", "reward_model=w", "heldout_prompts=h"], "does not use heldout_prompts="),
+        (["heldout_prompts=h", "rollout.num_actors=4", "max_actors=2"], "max_actors=2 is less than rollout.num_actors=4"),
+        (["heldout_prompts=h", "set_aside_below=0.4"], "set_aside_below: got 0.4"),
+    ],
+)
+def test_a_labeler_gets_what_it_needs_and_nothing_else(overrides, message):
+    with pytest.raises(InputError, match=message):
+        load_config(LabelConfig, None, ["run_dir=r", "model=m", "prompts=p", *overrides])
