@@ -27,7 +27,7 @@ def test_grpo_with_all_that_it_can_have(tiny_run, tmp_path):
         "ppo", f"run_dir={tmp_path}", f"model={source / 'sft/model'}", f"prompts={world / 'prompts_train.parquet'}",
         *SMALL, "samples_per_prompt=3", "reward.source=gold", "algorithm.advantage=grpo", "algorithm.kl_in=loss",
         "algorithm.kl_estimator=k3", "algorithm.kl_target=0.5", "algorithm.off_policy=token",
-        "shaping.normalize=running", "shaping.resample_rounds=1", "algorithm.entropy_coef=0.001",
+        "reward.normalize=running", "shaping.resample_rounds=1", "algorithm.entropy_coef=0.001",
         f"ptx.documents={world / 'documents.parquet'}", f"eval.documents={world / 'heldout_documents.parquet'}",
         "reference.update_every=1", "reference.ema=0.5", "max_policy_lag=1", "rollout.cut_tail=true",
     )  # fmt: skip
