@@ -141,7 +141,7 @@ def passes_tests(code: str, tests: Any, *, limits: Limits | None = None) -> tupl
         ValueError: tests of another form, or none.
         RuntimeError: no sandbox on this machine.
     """
-    cases = [tests] if isinstance(tests, str) else list(tests) if isinstance(tests, Sequence) else []
+    cases: list[Any] = [tests] if isinstance(tests, str) else list(tests) if isinstance(tests, Sequence) else []
     if cases and all(isinstance(case, str) for case in cases):
         return _passes_statements(code, cases, limits)
     if cases and all(isinstance(case, Mapping) and {"input", "output"} <= set(case) for case in cases):

@@ -28,7 +28,8 @@ class PPOConfig(JobConfig):
     """Model folder that policy and reference start from: the SFT model."""
 
     reward_model: Path | None = None
-    """Model folder of the reward model; the critic starts from it too. Needed where a source of rewards is a model that names no folder of its own."""
+    """Model folder of the reward model; the critic starts from it too. Needed where a source of rewards is a model that
+    names no folder of its own."""
 
     prompts: Path | None = None
     """Prompts to learn on: Parquet or JSONL with a `prompt` column (messages or text). Needed unless an environment

@@ -158,7 +158,8 @@ class EndpointSource(SourceConfig):
 
 
 class HttpSource(EndpointSource):
-    """A server of rewards: gets `{"samples": [{id, prompt, response, row}, ...]}`, answers `{"rewards": {id: number}}`."""
+    """A server of rewards: gets `{"samples": [{id, prompt, response, row}, ...]}`, answers `{"rewards": {id: number}}`.
+    """
 
     kind: Literal["http"] = "http"
 
