@@ -29,11 +29,8 @@ class ActorsConfig(Config):
     """Most rows in one forward pass."""
 
 
-class SourceConfig(ActorsConfig):
-    """What every source of rewards has."""
-
-    weight: float = 1.0
-    """Factor on the source's scores, after they are normalised; the reward is the sum over the sources."""
+class SourcesConfig(ActorsConfig):
+    """What every source of rewards has, told once for all or for each."""
 
     normalize: Literal["own", "none", "running"] = "own"
     """`own`: a reward model's scores by the mean and deviation that its training measured, other sources as they are;
@@ -48,6 +45,13 @@ class SourceConfig(ActorsConfig):
 
     timeout_s: float = Field(300, gt=0)
     """Seconds after which one try on the responses of one shard counts as failed; what hangs is left or killed."""
+
+
+class SourceConfig(SourcesConfig):
+    """One of them."""
+
+    weight: float = 1.0
+    """Factor on the source's scores, after they are normalised; the reward is the sum over the sources."""
 
     @field_validator("weight")
     @classmethod
@@ -229,17 +233,17 @@ def _checked_source(name: str, given: Any) -> Any:
         return given
     kind = given.get("kind") if isinstance(given, dict) else None
     if kind not in KINDS:
-        raise ValueError(f"reward.sources.{name}: kind={kind}, expected one of {', '.join(KINDS)}")
+        raise ValueError(f"sources.{name}: kind={kind}, expected one of {', '.join(KINDS)}")
     known = KINDS[kind].model_fields
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
             hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(known)}"
-            raise ValueError(f"reward.sources.{name}.{key}: unknown key of a source of kind {kind}. {hint}")
+            raise ValueError(f"sources.{name}.{key}: unknown key of a source of kind {kind}. {hint}")
     return given
 
 
-class RewardConfig(SourceConfig):
+class RewardConfig(SourcesConfig):
     """One source, by `source`, or several, by `sources`; these take from here what they do not say themselves."""
 
     source: Literal["model", "gold", "environment", "function"] = "model"
@@ -260,7 +264,7 @@ class RewardConfig(SourceConfig):
         """What every source has is told once."""
         if not isinstance(tree, dict) or not isinstance(tree.get("sources"), dict):
             return tree
-        common = {key: tree[key] for key in SourceConfig.model_fields if key in tree and key != "weight"}
+        common = {key: tree[key] for key in SourcesConfig.model_fields if key in tree}
         sources = {name: _checked_source(name, given) for name, given in tree["sources"].items()}
         return {**tree, "sources": {k: {**common, **v} if isinstance(v, dict) else v for k, v in sources.items()}}
 
@@ -271,10 +275,10 @@ class RewardConfig(SourceConfig):
                 f"reward.source={self.source} with reward.function={self.function}: a function is named "
                 "where the source is one, as module:name, and nowhere else"
             )
-        if self.sources and (self.source != "model" or self.weight != 1.0):
+        if self.sources and self.source != "model":
             raise ValueError(
-                f"reward.sources={', '.join(self.sources)} with reward.source={self.source}, reward.weight="
-                f"{self.weight:g}: name all sources and their weights in reward.sources"
+                f"reward.sources={', '.join(self.sources)} with reward.source={self.source}: name all sources in "
+                "reward.sources"
             )
         for name in self.sources:
             if not re.fullmatch(r"[a-zA-Z0-9_]+", name):
@@ -286,7 +290,7 @@ class RewardConfig(SourceConfig):
         """All sources, in order; the one of `source` is called as its kind."""
         if self.sources:
             return self.sources
-        common = {key: getattr(self, key) for key in SourceConfig.model_fields}
+        common = {key: getattr(self, key) for key in SourcesConfig.model_fields}
         if self.function is not None:
             return {"function": FunctionSource(function=self.function, **common)}
         return {self.source: KINDS[self.source](**common)}  # type: ignore[dict-item]
