@@ -70,3 +70,7 @@ def fails_once(prompts, responses, token_ids, rows):
         open(path, "x").close()
         raise ConnectionError("not yet")
     return [7.0] * len(rows)
+
+
+def nan_for_every_third(prompts, responses, token_ids, rows, sample_ids):
+    return {sample_id: float("nan") if sample_id.endswith("/1") else 1.0 for sample_id in reversed(sample_ids)}
