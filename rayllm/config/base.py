@@ -204,10 +204,16 @@ def _leaves(config: Config, default: Config | None, prefix: str = "") -> list[tu
 
 
 def _plain(value: Any) -> Any:
-    """A mapping of sections as plain data, everything else as it is."""
-    if isinstance(value, dict):
-        return {key: item.model_dump(mode="json") if isinstance(item, Config) else item for key, item in value.items()}
-    return value
+    """A mapping of sections as plain data, what differs from their defaults and their kind; all else as it is."""
+    if not isinstance(value, dict):
+        return value
+    plain = {}
+    for key, item in value.items():
+        if isinstance(item, Config):
+            kind = item.model_dump(include={"kind"})
+            item = kind | item.model_dump(mode="json", exclude_defaults=True)
+        plain[key] = item
+    return plain
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
