@@ -12,6 +12,8 @@ from typing import Self
 
 import psutil
 
+from actors.reward_child import BOOT
+from actors.reward_source import SourceActor
 from bench.figures import GIB
 
 POLL_S = 0.02
@@ -104,10 +106,12 @@ class ProcessWatch:
             self.peak = now
 
     def _kind(self, process: psutil.Process) -> str:
-        """The actor's class; "driver" for the root, "ray" for what else Ray runs."""
+        """The actor's class, its child processes counted in; "driver" for the root, "ray" for what else Ray runs."""
         if process.pid == self.pid:
             return "driver"
         words = process.cmdline()
+        if BOOT in words:
+            return SourceActor.__name__
         title = words[0] if words else ""
         name = title.removeprefix("ray::").split(".")[0]
         return name if title.startswith("ray::") and name.endswith("Actor") else "ray"

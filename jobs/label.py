@@ -119,9 +119,8 @@ def read(job: Run, config: LabelConfig) -> Data:
             config.heldout_rankings, tokenizer, max_length=longest, max_bad_rows=config.max_bad_rows
         )
         rankings = ranked.rankings
-        job.add_data(
-            "heldout_rankings", **ranked.origins.facts, rows=len(rankings), pairs=ranked.num_pairs, dropped=ranked.dropped
-        )
+        figures = {"rows": len(rankings), "pairs": ranked.num_pairs, "dropped": ranked.dropped}
+        job.add_data("heldout_rankings", **ranked.origins.facts, **figures)
         chunks["heldout_rankings"] = chunks_of("heldout_rankings", given_answers(rankings))
     return Data(prompts, rankings, chunks)
 

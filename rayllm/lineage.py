@@ -109,12 +109,13 @@ def config_inputs(config: Config, *, skip: tuple[str, ...] = ("run_dir",)) -> di
             found[name] = value
         elif isinstance(value, Config):
             found.update({f"{name}.{key}": path for key, path in config_inputs(value, skip=()).items()})
-        elif isinstance(value, dict):
-            found.update({f"{name}.{key}": path for key, path in value.items() if isinstance(path, Path)})
-        elif isinstance(value, tuple):
-            sections = [(index, item) for index, item in enumerate(value) if isinstance(item, Config)]
-            for index, item in sections:
-                found.update({f"{name}.{index}.{key}": path for key, path in config_inputs(item, skip=()).items()})
+        elif isinstance(value, dict | tuple):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if isinstance(item, Path):
+                    found[f"{name}.{key}"] = item
+                elif isinstance(item, Config):
+                    paths = config_inputs(item, skip=())
+                    found.update({f"{name}.{key}.{inner}": path for inner, path in paths.items()})
     return found
 
 

@@ -54,16 +54,6 @@ class ReferenceConfig(ActorsConfig):
     """Share of itself that the reference keeps when it moves: 0 copies the policy, 0.99 follows it slowly."""
 
 
-class RewardActorsConfig(ActorsConfig):
-    source: Literal["model", "gold", "environment", "function"] = "model"
-    """What scores the responses: `model`, the reward model; `gold`, the toy world's exact judge; `function`, Python
-    code of your own; `environment`, nothing but the rewards of the environment's turns, which the others get on top."""
-
-    function: str | None = None
-    """`module:name` of the Python function that scores when source=function: f(prompts, responses, token_ids, rows)
-    returns a number for each response."""
-
-
 class AlgorithmConfig(Config):
     """What is computed from a step's responses. The defaults are PPO as in InstructGPT (Ouyang et al. 2022)."""
 
@@ -159,9 +149,9 @@ class AlgorithmConfig(Config):
 class ShapingConfig(Config):
     """From the score of a response to its reward."""
 
-    normalize: Literal["none", "running", "group"] = "none"
-    """The reward model's own mean and deviation are always taken out. `running`: also those of all scores so far;
-    `group`: also those of the responses to one prompt."""
+    normalize: Literal["none", "group"] = "none"
+    """`group`: rewards by mean and deviation of those of the responses to one prompt. For the scale of one source over
+    the run: `reward.normalize`."""
 
     clip: float | None = Field(3.0, gt=0)
     """Bound on the absolute reward; null for none."""

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from ray.serve import Application
 from rich.console import Console
 
+from actors.reward_remote import Judge
 from actors.serving import build_app, model_name, read_api_key
 from jobs.chat import printable
 from jobs.chat import run as run_chat
@@ -32,7 +33,9 @@ from jobs.serve import run as run_serve
 from jobs.serve_session import Signals, Stop, check_port_free
 from rayllm.config.base import Loaded
 from rayllm.config.chat import ChatConfig
+from rayllm.config.reward import JudgeSource
 from rayllm.config.serve import ServeConfig
+from rayllm.data.samples import Samples
 from rayllm.errors import InputError
 from tests.conftest import ROOT
 
@@ -44,7 +47,9 @@ import json, sys
 from rich.console import Console
 from jobs.serve import run
 from rayllm.config.base import Loaded
+from rayllm.config.reward import JudgeSource
 from rayllm.config.serve import ServeConfig
+from rayllm.data.samples import Samples
 run(Loaded(ServeConfig.model_validate(json.loads(sys.argv[1]))), Console(highlight=False))
 """
 
@@ -196,6 +201,26 @@ def test_stops_at_the_end_of_turn_token(server, tiny_tokenizer):
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].message.content == ""
     assert answer.usage.completion_tokens == 1
+
+
+def test_a_served_model_is_asked_as_a_judge(server, greedy, tiny_model_dir, monkeypatch):
+    """It says nothing of use: the failure quotes its own greedy answer."""
+    from rayllm.models.loading import load_tokenizer
+
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    source = JudgeSource(
+        url=server.url, model="tiny", api_key_env="JUDGE_KEY", template="Rate: {response}", pattern="(no such text)",
+        max_tokens=8,
+    )  # fmt: skip
+    sample = Samples(("0/0",), ("Hello",), ("Snow is white",), ([1],), ({"prompt": "Hello"},), (True,))
+
+    async def ask():
+        return await Judge(source).score(sample, timeout_s=60)
+
+    (failed,) = asyncio.run(ask())
+    ids = greedy(_user("Rate: Snow is white"), max_tokens=8)
+    text = load_tokenizer(tiny_model_dir).decode(ids, skip_special_tokens=True)
+    assert failed.reason.startswith(f"answered {text[:120]!r}, where pattern=")
 
 
 def test_unknown_model_is_404(server):

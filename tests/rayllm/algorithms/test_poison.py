@@ -116,7 +116,13 @@ WITHOUT_MASK = {
     "rewards.length_penalty": SCORES,
     "rewards.overlong_penalty": SCORES,
     "rewards.standardize": SCORES,
-}
+    **{
+        f"verifiers.{name}": "text, no tensors"
+        for name in (
+            "choice", "exact", "final_answer", "has_length", "matches_format", "math", "regex", "response_code",
+        )
+    },
+}  # fmt: skip
 
 
 def evaluate(function, inputs, mask):
