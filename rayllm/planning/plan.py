@@ -1,0 +1,316 @@
+"""A run on a cluster, worked out beforehand: what every process needs, what fits, and what a step takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rayllm.config.base import merge, read_yaml, validate
+from rayllm.config.common import TrainConfig
+from rayllm.config.plan import ClusterConfig, PlanConfig, WorkloadConfig
+from rayllm.config.ppo import PPOConfig
+from rayllm.config.pretrain import PretrainConfig
+from rayllm.config.reward_model import RewardModelConfig
+from rayllm.config.sft import SftConfig
+from rayllm.planning import memory, roofline
+from rayllm.planning.hardware import GIB, GIGA, find_gpu
+from rayllm.planning.memory import Memory
+from rayllm.planning.roles import Job, RoleSpec, roles_of
+from rayllm.planning.roofline import Machine
+
+JOBS: dict[str, type[Any]] = {
+    "ppo": PPOConfig, "sft": SftConfig, "pretrain": PretrainConfig, "reward-model": RewardModelConfig
+}  # fmt: skip
+
+DATA = {
+    "ppo": {"run_dir": "-", "prompts": "-", "model": "-", "reward_model": "-"},
+    "sft": {"run_dir": "-", "data": "-"},
+    "pretrain": {"run_dir": "-", "documents": "-", "heldout": "-"},
+    "reward-model": {"run_dir": "-", "rankings": "-", "heldout_rankings": "-"},
+}
+"""Job -> inputs that a plan does without."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRole:
+    """A role and what one of its processes takes."""
+
+    spec: RoleSpec
+    memory: Memory
+    available: float | None
+    """Bytes of its share of a GPU that can be filled; None on CPU, where a node's processes share its memory."""
+
+    problem: str | None
+    """Why it does not fit by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Part of a step. Roles of one phase work side by side."""
+
+    name: str
+    seconds: float
+    role: str
+    """The one that takes longest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    job: Job
+    cluster: ClusterConfig
+    workload: WorkloadConfig
+    roles: tuple[PlannedRole, ...]
+    host_bytes: float
+    """Of the node that needs most host memory."""
+
+    problems: tuple[str, ...]
+    """Empty if all fits: what does not, in words."""
+
+    phases: tuple[Phase, ...]
+    step_seconds: float
+    tokens_per_step: float
+    """Sampled by the policy; of a training job, read."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+    @property
+    def slowest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.seconds)
+
+    @property
+    def gpus(self) -> float:
+        return sum(role.spec.num_actors * role.spec.gpus for role in self.roles)
+
+    @property
+    def cost_per_thousand_steps(self) -> float | None:
+        """Of the whole cluster, for as long as a thousand steps take."""
+        price = self.cluster.price_per_gpu_hour
+        units = self.cluster.nodes * (self.cluster.gpus_per_node or 1)
+        return None if price is None else 1000 * self.step_seconds / 3600 * units * price
+
+
+def load_job(config: PlanConfig) -> tuple[Job, dict[str, Any]]:
+    """The config of the run that is planned, and the tree that it was made from.
+
+    Raises:
+        InputError: as every job's config.
+    """
+    cls = JOBS[config.job]
+    given: dict[str, Any] = {}
+    for file in config.config:
+        given = merge(given, read_yaml(file)[0])
+    given = merge(given, config.settings)
+    tree = merge(DATA[config.job], given)
+    if config.job == "ppo" and "model" not in given:
+        tree.pop("model")
+    if config.job == "ppo" and "reward_model" not in given and "model" in given:
+        tree["reward_model"] = given["model"]  # of the same size, as usual
+    return validate(cls, tree, {}).config, tree
+
+
+def make_plan(job: Job, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
+    """Work it out; no accelerator, no cluster and no weights are needed."""
+    machine = machine_of(cluster)
+    roles = tuple(_plan_role(spec, machine) for spec in roles_of(job, workload))
+    problems = [role.problem for role in roles if role.problem is not None]
+    problems += _capacity(roles, cluster)
+    host = max(_host_bytes(roles, cluster))
+    if host > cluster.memory_gib * GIB:
+        problems.append(
+            f"a node needs {host / GIB:,.1f} GiB of host memory for its processes, it has {cluster.memory_gib:,.1f} GiB"
+        )
+    if isinstance(job, PPOConfig):
+        phases, step, tokens = _ppo_seconds(job, roles, machine, workload)
+    else:
+        phases, step, tokens = _training_seconds(job, roles[0], machine, workload)
+    return Plan(
+        job=job, cluster=cluster, workload=workload, roles=roles, host_bytes=host, problems=tuple(problems),
+        phases=phases, step_seconds=step, tokens_per_step=tokens,
+    )  # fmt: skip
+
+
+def machine_of(cluster: ClusterConfig) -> Machine:
+    """The cluster as rates. Raises InputError for an unknown kind of GPU."""
+    gpu = None
+    if cluster.gpus_per_node:
+        gpu = find_gpu(cluster.gpu)
+        given = {
+            "memory": cluster.gpu_memory_gib and cluster.gpu_memory_gib * GIB,
+            "bfloat16_flops": cluster.gpu_tflops and cluster.gpu_tflops * 1e12,
+            "bandwidth": cluster.gpu_bandwidth_gb_s and cluster.gpu_bandwidth_gb_s * GIGA,
+            "link": cluster.link_gb_s and cluster.link_gb_s * GIGA,
+        }
+        gpu = replace(gpu, **{name: value for name, value in given.items() if value is not None})
+    return Machine(
+        nodes=cluster.nodes,
+        gpus_per_node=cluster.gpus_per_node,
+        cpus_per_node=cluster.cpus_per_node,
+        gpu=gpu,
+        network=cluster.network_gbit_s * GIGA / 8,
+        core_flops=cluster.cpu_gflops * GIGA,
+        core_bandwidth=cluster.cpu_bandwidth_gb_s * GIGA,
+    )
+
+
+def _plan_role(spec: RoleSpec, machine: Machine) -> PlannedRole:
+    needs = spec.memory(machine)
+    available = None
+    if spec.gpus and machine.gpu is not None:
+        whole = machine.gpu.memory
+        share = min(1.0, spec.gpus / spec.split)
+        # vLLM fills what it is told to; it must then have that much.
+        usable = share * whole if spec.kind == "engine" else share * whole * memory.GPU_USABLE
+        available = usable
+    return PlannedRole(spec, needs, available, _problem(spec, needs, available))
+
+
+def _problem(spec: RoleSpec, needs: Memory, available: float | None) -> str | None:
+    split = spec.split
+    if split > 1 and spec.gpus and spec.gpus != split:
+        return (
+            f"{spec.name}: an engine over tensor_parallel_size={split} GPUs needs rollout.gpus_per_actor={split}, "
+            f"got {spec.gpus:g}"
+        )
+    if available is not None and needs.peak > available:
+        return f"{spec.name}: a process needs {needs.peak / GIB:,.1f} GiB of GPU memory, it has {available / GIB:,.1f}"
+    if needs.cache_needed > needs.cache_size:
+        return (
+            f"{spec.name}: an engine's cache holds {needs.cache_size / GIB:,.2f} GiB, one sequence of its "
+            f"max_model_len needs {needs.cache_needed / GIB:,.2f}"
+        )
+    return None
+
+
+def _capacity(roles: tuple[PlannedRole, ...], cluster: ClusterConfig) -> list[str]:
+    """Which processes find no place: need against have."""
+    found = []
+    for role in roles:
+        if role.spec.gpus > cluster.gpus_per_node:
+            found.append(
+                f"{role.spec.name}: a process asks for {role.spec.gpus:g} GPUs, a node has {cluster.gpus_per_node}"
+            )
+    for unit, each, name in (("gpus", cluster.gpus_per_node, "GPUs"), ("cpus", cluster.cpus_per_node, "CPUs")):
+        need = sum(role.spec.num_actors * getattr(role.spec, unit) for role in roles)
+        if need > cluster.nodes * each + 1e-6:
+            listed = " + ".join(f"{r.spec.name} {r.spec.num_actors} x {getattr(r.spec, unit):g}" for r in roles)
+            found.append(f"the roles need {need:g} {name} ({listed}), the cluster has {cluster.nodes * each:g}")
+    return found
+
+
+def _host_bytes(roles: tuple[PlannedRole, ...], cluster: ClusterConfig) -> list[float]:
+    """Host memory that each node's processes take, filled node by node in the order of the roles."""
+    used = [0.0] * cluster.nodes
+    used[0] = memory.CPU_DRIVER
+    free_gpus, free_cpus = [float(cluster.gpus_per_node)] * cluster.nodes, [cluster.cpus_per_node] * cluster.nodes
+    first = 0
+    for role in sorted(roles, key=lambda role: -role.spec.gpus):
+        each = role.memory.host if role.available is not None else role.memory.peak
+        first = 0
+        for _ in range(role.spec.num_actors):
+            while first + 1 < cluster.nodes and (
+                free_gpus[first] + 1e-6 < role.spec.gpus or free_cpus[first] + 1e-6 < role.spec.cpus
+            ):
+                first += 1
+            free_gpus[first] -= role.spec.gpus
+            free_cpus[first] -= role.spec.cpus
+            used[first] += each
+    return used
+
+
+def _ppo_seconds(
+    job: PPOConfig, roles: tuple[PlannedRole, ...], machine: Machine, workload: WorkloadConfig
+) -> tuple[tuple[Phase, ...], float, float]:
+    found = {role.spec.name: role for role in roles}
+    rows = job.prompts_per_step * job.samples_per_prompt
+    new = min(workload.response_tokens or job.rollout.max_new_tokens, job.rollout.max_new_tokens)
+    tokens = workload.prompt_tokens + new
+    algorithm, lora = job.algorithm, job.policy.learner.lora.rank is not None
+
+    def score(name: str, passes: int = 1) -> float:
+        spec = found[name].spec
+        assert spec.shape is not None
+        dtype = spec.learner.dtype if spec.learner is not None else "float32"
+        where = _machine_for(spec, machine)
+        seconds = roofline.score_seconds(
+            where, spec.shape, sequences=rows / spec.num_actors, tokens=tokens, dtype=dtype, cores=spec.cpus
+        )
+        return passes * seconds
+
+    scores = {
+        name: score(name) for name in ("reference", "reward", "critic") if name in found and found[name].spec.shape
+    }
+    passes = (algorithm.updates_per_step > 1) + (lora and algorithm.kl_coef > 0)
+    if passes:
+        scores["policy"] = score("policy", passes)
+    updates = {
+        name: _update(job, found[name].spec, machine, rows, tokens) for name in ("policy", "critic") if name in found
+    }
+    engine = found["rollout"]
+    spec = engine.spec
+    assert spec.shape is not None
+    greedy = 1 + 1 / job.samples_per_prompt if algorithm.estimator.needs_greedy_baseline else 1.0
+    sampling = greedy * roofline.sampling_seconds(
+        _machine_for(spec, machine), spec.shape, spec.engine, sequences=rows / spec.num_actors,
+        prompts=job.prompts_per_step / spec.num_actors, prompt_tokens=workload.prompt_tokens, new_tokens=new,
+        concurrency=engine.memory.concurrency or 1, cores=spec.cpus,
+    )  # fmt: skip
+    dtype = str(spec.engine.get("dtype", "bfloat16" if spec.gpus else "float32"))
+    phases = [
+        Phase("rollout", _side_by_side({"rollout": sampling}, found, machine), "rollout"),
+        _phase("score", scores, found, machine),
+        _phase("update", updates, found, machine),
+        Phase("sync", roofline.sync_seconds(machine, spec.shape, dtype), "policy"),
+    ]
+    rollout, scored, updated, synced = (phase.seconds for phase in phases)
+    learning = scored + updated
+    turn = max(rollout, learning) if job.max_policy_lag else rollout + learning
+    return tuple(phases), turn + synced, float(rows * new)
+
+
+def _update(job: PPOConfig, spec: RoleSpec, machine: Machine, rows: int, tokens: float) -> float:
+    assert spec.shape is not None and spec.learner is not None
+    algorithm = job.algorithm
+    minibatch = -(-rows // spec.num_actors // algorithm.num_minibatches)
+    return roofline.update_seconds(
+        _machine_for(spec, machine), spec.shape, spec.learner, ranks=spec.num_actors,
+        sequences=rows / spec.num_actors * algorithm.num_epochs, tokens=tokens,
+        optimizer_steps=algorithm.updates_per_step,
+        micro_batches=algorithm.updates_per_step * max(1, -(-minibatch // spec.rows)), cores=spec.cpus,
+    )  # fmt: skip
+
+
+def _training_seconds(
+    job: TrainConfig, role: PlannedRole, machine: Machine, workload: WorkloadConfig
+) -> tuple[tuple[Phase, ...], float, float]:
+    spec = role.spec
+    assert spec.shape is not None and spec.learner is not None
+    per_prompt = workload.responses_per_prompt if isinstance(job, RewardModelConfig) else 1
+    tokens = spec.tokens if isinstance(job, PretrainConfig) else min(workload.row_tokens or spec.tokens, spec.tokens)
+    rows = job.batch_size * per_prompt
+    seconds = roofline.update_seconds(
+        _machine_for(spec, machine), spec.shape, spec.learner, ranks=spec.num_actors,
+        sequences=rows / spec.num_actors, tokens=tokens, optimizer_steps=1,
+        micro_batches=max(1, -(-rows // spec.num_actors // spec.rows)), cores=spec.cpus,
+    )  # fmt: skip
+    seconds = _side_by_side({spec.name: seconds}, {spec.name: role}, machine)
+    return (Phase("update", seconds, spec.name),), seconds, float(rows * tokens)
+
+
+def _machine_for(spec: RoleSpec, machine: Machine) -> Machine:
+    """A role without GPUs computes on CPU wherever it is."""
+    return machine if spec.gpus else replace(machine, gpu=None)
+
+
+def _phase(name: str, seconds: dict[str, float], roles: dict[str, PlannedRole], machine: Machine) -> Phase:
+    if not seconds:
+        return Phase(name, 0.0, "none")
+    return Phase(name, _side_by_side(seconds, roles, machine), max(seconds, key=lambda role: seconds[role]))
+
+
+def _side_by_side(seconds: dict[str, float], roles: dict[str, PlannedRole], machine: Machine) -> float:
+    """The slowest; on CPU also no less than all the work over all the cores."""
+    on_cpu = {name: s for name, s in seconds.items() if not roles[name].spec.gpus}
+    work = sum(s * roles[name].spec.num_actors * max(1.0, roles[name].spec.cpus) for name, s in on_cpu.items())
+    return max([*seconds.values(), work / (machine.nodes * machine.cpus_per_node)])
