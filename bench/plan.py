@@ -1,62 +1,84 @@
-"""`rayllm plan` against reality on this machine: every role's memory, and every phase's seconds.
+"""`rayllm plan` against reality on this machine: every role's memory and every phase's seconds.
 
-    python -m bench.plan --model DIR --json OUT [--steps N] [key=value ...]
+    python -m bench.plan RESULT.json ... [--json OUT]
 
-Runs the `ppo` job on the fixed workload of ``bench/workload.py``, as ``bench.ppo`` does, and plans the same config for a
-cluster that is this machine. Memory is what a process has for itself (resident, less what it shares with others) at its
-own worst moment, looked at 50 times a second.
+Takes the JSON files that ``bench.ppo`` wrote, plans the same configs for a cluster that is the machine they ran on, and
+puts both side by side. Models that are gone by now are skipped. Memory is what one process has for itself at its own
+worst moment.
 """
 
 from __future__ import annotations
 
 import argparse
-import threading
-import time
-from contextlib import suppress
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
+from rich.table import Table
 
-from bench import ppo
-from bench.figures import GIB, circumstances
-from bench.process_watch import POLL_S, ProcessWatch
+from bench.figures import GIB, console
+from bench.workload import PROMPT_TOKENS, settings
+from rayllm.config.base import apply_override
+from rayllm.config.plan import ClusterConfig, PlanConfig, WorkloadConfig
 from rayllm.lineage import write_json
+from rayllm.planning.plan import Plan, load_job, make_plan
 
-PAGE = 4096
-LOOK_FOR_NEW_S = 1.0
+ACTORS = {"policy": "PolicyActor", "critic": "CriticActor", "reference": "ReferenceActor", "reward": "RewardActor",
+          "rollout": "RolloutActor"}  # fmt: skip
+"""Role -> its processes' kind in the result."""
 
 
-class OwnMemoryWatch(ProcessWatch):
-    """Besides, each process's own memory over time."""
+def plan_of(result: dict[str, Any], model: str | None = None) -> Plan:
+    """The plan of a run that ``bench.ppo`` measured.
 
-    def __enter__(self) -> OwnMemoryWatch:
-        self.series: dict[tuple[str, int], list[tuple[float, float]]] = {}
-        super().__enter__()
-        self._poller = threading.Thread(target=self._poll, daemon=True)
-        self._poller.start()
-        return self
+    Args:
+        result: what it wrote.
+        model: another folder or known name in place of the result's.
+    """
+    tree = settings(result["algorithm"], num_steps=1, model=Path(model or result["model"]))
+    for override in [*result["overrides"], f"max_policy_lag={result['lag']}"]:
+        apply_override(tree, {}, override)
+    job, _ = load_job(PlanConfig(settings=tree))
+    machine = result["machine"]
+    cluster = ClusterConfig(gpus_per_node=0, cpus_per_node=machine["cores"], memory_gib=machine["memory_gib"])
+    return make_plan(job, cluster, WorkloadConfig(prompt_tokens=PROMPT_TOKENS))
 
-    def _poll(self) -> None:
-        kinds: dict[int, str] = {}
-        next_look = 0.0
-        while not self._stop.wait(POLL_S):
-            now = time.monotonic() - self._began
-            if now >= next_look:
-                next_look = now + LOOK_FOR_NEW_S
-                for process in self._tree():
-                    with suppress(psutil.Error):
-                        kinds[process.pid] = self._kind(process)
-            for pid, kind in kinds.items():
-                with suppress(OSError):
-                    _, resident, shared, *_ = Path(f"/proc/{pid}/statm").read_text().split()
-                    own = (int(resident) - int(shared)) * PAGE / GIB
-                    self.series.setdefault((kind, pid), []).append((now, own))
 
-    @property
-    def own_peaks(self) -> dict[str, float]:
-        """Kind -> GiB of the process of it that took most."""
-        peaks: dict[str, float] = {}
-        for (kind, _), points in self.series.items():
-            peaks[kind] = max(peaks.get(kind, 0.0), max(own for _, own in points))
-        return peaks
+def compared(result: dict[str, Any], plan: Plan) -> list[tuple[str, float, float]]:
+    """(what, planned, measured): GiB of the roles that hold a model, seconds of the phases and of the step."""
+    own = result["own_memory_gib"]
+    memory = [
+        (f"{role.spec.name}, GiB", role.memory.peak / GIB, own[ACTORS[role.spec.name]])
+        for role in plan.roles
+        if role.spec.shape is not None
+    ]
+    warm = {name: figure["median"] for name, figure in result["warm"].items()}
+    seconds = [(f"{phase.name}, s", phase.seconds, warm[phase.name]) for phase in plan.phases if phase.seconds]
+    return [*memory, *seconds, ("step, s", plan.step_seconds, warm["step"])]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args(arguments)
+    kept = []
+    for path in given.results:
+        result = json.loads(path.read_text())
+        if result.get("bench") != "ppo" or not Path(result["model"]).is_dir():
+            continue
+        rows = compared(result, plan_of(result))
+        table = Table(title=f"{result['algorithm']}, {result['parameters']:,} parameters", title_justify="left")
+        for column in ("", "planned", "measured", "planned / measured"):
+            table.add_column(column, justify="right" if column else "left")
+        for what, planned, measured in rows:
+            table.add_row(what, f"{planned:.3g}", f"{measured:.3g}", f"{planned / measured:.2f}")
+        console().print(table)
+        kept.append({"result": str(path), "rows": rows})
+    if given.json:
+        write_json(given.json, kept)
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,7 @@ CHUNK = 1024
 SMALL_BLOCK = 32 << 20
 """The C library keeps freed blocks up to this size for the process; larger ones go back to the system."""
 
-CPU_RUNTIME = {"learner": 0.40 * GIB, "frozen": 0.31 * GIB, "engine": 0.65 * GIB, "plain": 0.36 * GIB}
+CPU_RUNTIME = {"learner": 0.43 * GIB, "frozen": 0.31 * GIB, "engine": 0.65 * GIB, "plain": 0.36 * GIB}
 """Measured: a process with Ray, torch and (learner) DeepSpeed or (engine) vLLM, before it holds a model; pages that
 several processes share count once."""
 
@@ -200,7 +200,7 @@ def learner_memory(
     backward = Memory(
         gradients=states.accumulated,
         optimizer=states.optimizer,
-        working=_backward(learner, trained, total, saved + logits(shape, **pass_, training=True), on_gpu=on_gpu),
+        working=backward_working(learner, trained, total, saved + logits(shape, **pass_, training=True), on_gpu=on_gpu),
         moment="backward",
         **at,
     )
@@ -210,7 +210,9 @@ def learner_memory(
     step = Memory(
         gradients=states.gradients,
         optimizer=states.optimizer,
-        working=temporaries + (saved if small and not on_gpu else 0.0),
+        working=temporaries
+        + (saved if small and not on_gpu else 0.0)
+        + (reduce_bucket(learner, trained, on_gpu=on_gpu) if learner.zero_stage == 3 else 0.0),
         moment="step",
         **at,
     )
@@ -219,13 +221,26 @@ def learner_memory(
     return max(backward, step, start, key=lambda memory: memory.peak)
 
 
-def _backward(learner: LearnerConfig, trained: int, total: int, saved: float, *, on_gpu: bool) -> float:
-    """Working bytes of the backward pass. Activations go while gradients come: never both in full."""
-    stage, size = learner.zero_stage, BYTES[learner.dtype]
-    unreduced = size * min(trained, BUCKET)
-    bucket = size * BUCKET if stage and on_gpu else unreduced
-    live = size * min(total, LIVE) if stage == 3 else 0
-    return bucket + live + max(saved, unreduced if stage >= 2 else 0.0)
+def reduce_bucket(learner: LearnerConfig, trained: int, *, on_gpu: bool) -> float:
+    """Bytes of DeepSpeed's buffer for gradients. It is always made in full; on CPU only what is written takes memory.
+    ZeRO-3 keeps it."""
+    size = BYTES[learner.dtype]
+    return float(size * (BUCKET if learner.zero_stage and on_gpu else min(trained, BUCKET)))
+
+
+def backward_working(learner: LearnerConfig, trained: int, total: int, saved: float, *, on_gpu: bool) -> float:
+    """Bytes of the backward pass beside the states. Activations go while gradients come: never both in full.
+
+    Args:
+        learner: how it is trained.
+        trained, total: parameters.
+        saved: activations and logits.
+        on_gpu: see `reduce_bucket`.
+    """
+    size = BYTES[learner.dtype]
+    live = size * min(total, LIVE) if learner.zero_stage == 3 else 0
+    unreduced = size * min(trained, BUCKET) if learner.zero_stage >= 2 else 0
+    return reduce_bucket(learner, trained, on_gpu=on_gpu) + live + max(saved, unreduced)
 
 
 def frozen_memory(shape: ModelShape, *, rows: int, tokens: int, on_gpu: bool) -> Memory:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,8 +117,9 @@ def make_plan(job: Job, cluster: ClusterConfig, workload: WorkloadConfig) -> Pla
     machine = machine_of(cluster)
     roles = tuple(_plan_role(spec, machine) for spec in roles_of(job, workload))
     problems = [role.problem for role in roles if role.problem is not None]
-    problems += _capacity(roles, cluster)
-    host = max(_host_bytes(roles, cluster))
+    nodes, left = place(roles, cluster)
+    problems += _capacity(roles, cluster, left)
+    host = max(nodes)
     if host > cluster.memory_gib * GIB:
         problems.append(
             f"a node needs {host / GIB:,.1f} GiB of host memory for its processes, it has {cluster.memory_gib:,.1f} GiB"
@@ -183,40 +186,45 @@ def _problem(spec: RoleSpec, needs: Memory, available: float | None) -> str | No
     return None
 
 
-def _capacity(roles: tuple[PlannedRole, ...], cluster: ClusterConfig) -> list[str]:
+def place(roles: Sequence[PlannedRole], cluster: ClusterConfig) -> tuple[list[float], dict[str, int]]:
+    """Fill the nodes one after the other, the processes with the most GPUs first; a process stays on one node.
+
+    Returns:
+        Host memory that each node's processes take, in bytes; and role -> number of processes without a place.
+    """
+    used = [memory.CPU_DRIVER] + [0.0] * (cluster.nodes - 1)
+    gpus, cpus = [float(cluster.gpus_per_node)] * cluster.nodes, [cluster.cpus_per_node] * cluster.nodes
+    left: dict[str, int] = {}
+    for role in sorted(roles, key=lambda role: -role.spec.gpus):
+        spec, rest = role.spec, role.spec.num_actors
+        each = role.memory.host if role.available is not None else role.memory.peak
+        for node in range(cluster.nodes):
+            fits = min(
+                math.floor(cpus[node] / spec.cpus + 1e-6),
+                math.floor(gpus[node] / spec.gpus + 1e-6) if spec.gpus else rest,
+                rest,
+            )
+            gpus[node] -= fits * spec.gpus
+            cpus[node] -= fits * spec.cpus
+            used[node] += fits * each
+            rest -= fits
+        if rest:
+            left[spec.name] = rest
+    return used, left
+
+
+def _capacity(roles: Sequence[PlannedRole], cluster: ClusterConfig, left: dict[str, int]) -> list[str]:
     """Which processes find no place: need against have."""
     found = []
-    for role in roles:
-        if role.spec.gpus > cluster.gpus_per_node:
-            found.append(
-                f"{role.spec.name}: a process asks for {role.spec.gpus:g} GPUs, a node has {cluster.gpus_per_node}"
-            )
     for unit, each, name in (("gpus", cluster.gpus_per_node, "GPUs"), ("cpus", cluster.cpus_per_node, "CPUs")):
         need = sum(role.spec.num_actors * getattr(role.spec, unit) for role in roles)
         if need > cluster.nodes * each + 1e-6:
             listed = " + ".join(f"{r.spec.name} {r.spec.num_actors} x {getattr(r.spec, unit):g}" for r in roles)
             found.append(f"the roles need {need:g} {name} ({listed}), the cluster has {cluster.nodes * each:g}")
+    if left and not found:
+        listed = ", ".join(f"{count} of {name}" for name, count in left.items())
+        found.append(f"processes that find no node with enough free GPUs and CPUs: {listed}")
     return found
-
-
-def _host_bytes(roles: tuple[PlannedRole, ...], cluster: ClusterConfig) -> list[float]:
-    """Host memory that each node's processes take, filled node by node in the order of the roles."""
-    used = [0.0] * cluster.nodes
-    used[0] = memory.CPU_DRIVER
-    free_gpus, free_cpus = [float(cluster.gpus_per_node)] * cluster.nodes, [cluster.cpus_per_node] * cluster.nodes
-    first = 0
-    for role in sorted(roles, key=lambda role: -role.spec.gpus):
-        each = role.memory.host if role.available is not None else role.memory.peak
-        first = 0
-        for _ in range(role.spec.num_actors):
-            while first + 1 < cluster.nodes and (
-                free_gpus[first] + 1e-6 < role.spec.gpus or free_cpus[first] + 1e-6 < role.spec.cpus
-            ):
-                first += 1
-            free_gpus[first] -= role.spec.gpus
-            free_cpus[first] -= role.spec.cpus
-            used[first] += each
-    return used
 
 
 def _ppo_seconds(
@@ -238,13 +246,13 @@ def _ppo_seconds(
         )
         return passes * seconds
 
-    scores = {
+    scores: dict[str, float] = {
         name: score(name) for name in ("reference", "reward", "critic") if name in found and found[name].spec.shape
     }
     passes = (algorithm.updates_per_step > 1) + (lora and algorithm.kl_coef > 0)
     if passes:
         scores["policy"] = score("policy", passes)
-    updates = {
+    updates: dict[str, float] = {
         name: _update(job, found[name].spec, machine, rows, tokens) for name in ("policy", "critic") if name in found
     }
     engine = found["rollout"]

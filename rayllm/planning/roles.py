@@ -14,7 +14,7 @@ from rayllm.config.reward_model import RewardModelConfig
 from rayllm.config.rl import LearnerActorsConfig
 from rayllm.config.sft import SftConfig
 from rayllm.errors import InputError
-from rayllm.planning.memory import Memory, engine_memory, frozen_memory, learner_memory
+from rayllm.planning.memory import CPU_RUNTIME, Memory, engine_memory, frozen_memory, learner_memory
 from rayllm.planning.roofline import Machine
 from rayllm.planning.shapes import ModelShape, find_shape, from_config
 
@@ -42,6 +42,9 @@ class RoleSpec:
     tokens: int = 0
     """Of its rows, padding included."""
 
+    by_tokens: bool = False
+    """Micro-batches are cut by tokens and not by rows."""
+
     learner: LearnerConfig | None = None
     engine: dict[str, Any] = field(default_factory=dict)
     sequences: int = 0
@@ -51,8 +54,6 @@ class RoleSpec:
         """Of one of its processes."""
         on_gpu = self.gpus > 0
         if self.kind == "plain" or self.shape is None:
-            from rayllm.planning.memory import CPU_RUNTIME
-
             return Memory(weights=0.0, runtime=CPU_RUNTIME["plain"], moment="always")
         if self.kind == "engine":
             gpu_memory = machine.gpu.memory if on_gpu and machine.gpu else None
@@ -132,7 +133,10 @@ def _learner(name: str, section: LearnerActorsConfig, shape: ModelShape, config:
     rows = min(section.micro_batch_size, most)
     if section.micro_batch_tokens is not None:
         rows = min(max(1, section.micro_batch_tokens // longest), most)
-    return _actors(name, "learner", section, shape=shape, rows=rows, tokens=longest, learner=section.learner)
+    return _actors(
+        name, "learner", section, shape=shape, rows=rows, tokens=longest, learner=section.learner,
+        by_tokens=section.micro_batch_tokens is not None,
+    )  # fmt: skip
 
 
 def _training_role(config: TrainConfig, workload: WorkloadConfig) -> RoleSpec:
