@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bench.figures import GIB, console
 from bench.workload import PROMPT_TOKENS, settings
-from rayllm.config.base import apply_override
+from rayllm.config.base import apply_override, merge
 from rayllm.config.plan import ClusterConfig, PlanConfig, WorkloadConfig
 from rayllm.lineage import write_json
 from rayllm.planning.plan import Plan, load_job, make_plan
@@ -36,7 +36,7 @@ def plan_of(result: dict[str, Any], model: str | None = None) -> Plan:
         result: what it wrote.
         model: another folder or known name in place of the result's.
     """
-    tree = settings(result["algorithm"], num_steps=1, model=Path(model or result["model"]))
+    tree = merge({}, settings(result["algorithm"], num_steps=1, model=Path(model or result["model"])))
     for override in [*result["overrides"], f"max_policy_lag={result['lag']}"]:
         apply_override(tree, {}, override)
     job, _ = load_job(PlanConfig(settings=tree))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from rayllm.config.plan import ClusterConfig
 from rayllm.config.ppo import PPOConfig
@@ -168,21 +167,28 @@ def _fewer_processes(plan: Plan) -> Changes | None:
 
 def _enough_host_memory(plan: Plan) -> Changes | None:
     """Smaller processes where they compute on CPU, or nodes with more memory."""
-    machine = machine_of(plan.cluster)
-    on_cpu = [role for role in plan.roles if role.available is None]
     if plan.cluster.gpus_per_node == 0:
-        for role in sorted(on_cpu, key=lambda role: -role.memory.peak):
-            over = plan.host_bytes - plan.cluster.memory_gib * GIB
-            wanted = role.memory.peak - over / min(role.spec.num_actors, _on_a_node(role, plan.cluster))
-            for changes, spec in cheapest(role.spec, machine, partial(_is_below, wanted)):
-                if spec.num_actors == role.spec.num_actors and is_valid(plan, changes):
-                    return changes
+        roles = sorted(plan.roles, key=lambda role: -role.memory.peak)
+        over = plan.host_bytes - plan.cluster.memory_gib * GIB
+        enough = [role.memory.peak - over / _on_a_node(role, plan.cluster) for role in roles]
+        # One role that makes up for all of it, or else the largest that can be made a good deal smaller.
+        halves = [role.memory.peak / 2 for role in roles]
+        for role, limit in [*zip(roles, enough, strict=True), *zip(roles, halves, strict=True)]:
+            found = _below(plan, role, limit)
+            if found is not None:
+                return found
     return {"cluster.memory_gib": math.ceil(plan.host_bytes / GIB / 16) * 16}
 
 
-def _is_below(limit: float, spec: RoleSpec, memory: Memory) -> bool:
-    return memory.peak <= limit
+def _below(plan: Plan, role: PlannedRole, limit: float) -> Changes | None:
+    """The cheapest settings with which as many processes of the role take no more than ``limit`` bytes each."""
+
+    def fits(spec: RoleSpec, memory: Memory) -> bool:
+        return memory.peak <= limit and spec.num_actors == role.spec.num_actors
+
+    found = (changes for changes, _ in cheapest(role.spec, machine_of(plan.cluster), fits))
+    return next((changes for changes in found if is_valid(plan, changes)), None)
 
 
 def _on_a_node(role: PlannedRole, cluster: ClusterConfig) -> int:
-    return max(1, int(cluster.cpus_per_node // role.spec.cpus))
+    return max(1, min(role.spec.num_actors, int(cluster.cpus_per_node // role.spec.cpus)))

@@ -50,7 +50,7 @@ def _learner_moves(spec: RoleSpec, machine: Machine) -> Iterator[Move]:
         cost = 2.0 * (again != learner.gradient_checkpointing) + (stage - learner.zero_stage)
         cost += 3.0 * (dtype != learner.dtype) + 4.0 * math.log2(count / spec.num_actors)
         cost += 5.0 * (optimizer != learner.offload_optimizer) + 5.0 * (parameters != learner.offload_parameters)
-        changed = replace(spec, learner=LearnerConfig.model_validate({**learner.model_dump(), **wanted}))
+        changed = replace(spec, learner=learner.model_copy(update=wanted))
         for rows in _smaller(spec.rows):
             more = {**settings, **({size_key: rows} if rows < spec.rows else {})}
             if rows < spec.rows and spec.by_tokens:
