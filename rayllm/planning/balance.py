@@ -1,62 +1,71 @@
-"""How a cluster's GPUs are shared out between learners and engines."""
+"""How a cluster's GPUs are shared out between those that learn, score and sample."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from rayllm.config.ppo import PPOConfig
-from rayllm.config.rl import LearnerActorsConfig
-from rayllm.planning.changes import Changes, is_valid, with_changes
-from rayllm.planning.plan import Plan
+from rayllm.planning.changes import Changes, is_valid
+from rayllm.planning.plan import Plan, make_plan
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """GPUs of the learners and of the engines, and a step's seconds with them."""
+    """Numbers of processes that fill the cluster, and the plan with them."""
 
     changes: Changes
-    learner_gpus: int
-    rollout_gpus: int
+    """Those that differ from what was planned."""
+
     plan: Plan
+
+    def gpus(self, *names: str) -> int:
+        """Of some roles together."""
+        roles = [role.spec for role in self.plan.roles if role.spec.name in names]
+        return round(sum(spec.num_actors * spec.gpus for spec in roles))
 
 
 def best_split(plan: Plan) -> Split | None:
-    """The split of the GPUs between learners and engines with the fewest seconds a step, of those that fit; None for a
-    job without engines on GPUs."""
-    fitting = [split for split in splits(plan) if split.plan.fits]
-    return min(fitting, key=lambda split: split.plan.step_seconds, default=None)
+    """The split of the GPUs with the fewest seconds a step, of those that fit; None for a job without engines on
+    GPUs."""
+    return next((split for split in splits(plan) if split.plan.fits and is_valid(plan, split.changes)), None)
 
 
 def splits(plan: Plan) -> list[Split]:
-    """Numbers of policy and critic ranks and of engines that fill the cluster's GPUs, fastest first."""
+    """Shares of the cluster's GPUs for learners (policy and critic, as many ranks each), scorers (reference and reward
+    model, as many each) and engines, which get what is left; the fastest first. Their configs are not yet validated."""
     job = plan.job
     if not isinstance(job, PPOConfig) or not (job.policy.gpus_per_actor and job.rollout.gpus_per_actor):
         return []
-    learners = [name for name in ("policy", "critic") if name in job.learner_ranks]
-    sections: dict[str, LearnerActorsConfig] = {name: getattr(job, name) for name in learners}
-    others = sum(
-        role.spec.num_actors * role.spec.gpus for role in plan.roles if role.spec.name not in (*learners, "rollout")
-    )
-    room = plan.cluster.nodes * plan.cluster.gpus_per_node - others
-    each = sum(section.gpus_per_actor for section in sections.values())
+    specs = {role.spec.name: role.spec for role in plan.roles if role.spec.gpus and role.spec.shape is not None}
+    learners = {name: specs[name].gpus for name in ("policy", "critic") if name in specs}
+    scorers = {name: specs[name].gpus for name in ("reference", "reward") if name in specs}
+    room = plan.cluster.nodes * plan.cluster.gpus_per_node
     found = []
-    for ranks in _counts(int(room // each), job.prompts_per_step):
-        left = room - ranks * each
-        engines = _engines(int(left // job.rollout.gpus_per_actor), ranks, job.prompts_per_step)
-        if not engines:
-            continue
-        changes: Changes = {f"{name}.num_actors": ranks for name in learners} | {"rollout.num_actors": engines}
-        if is_valid(plan, changes):
-            split = with_changes(plan, changes)
-            gpus = math.ceil(engines * job.rollout.gpus_per_actor)
-            found.append(Split(changes, math.ceil(ranks * each), gpus, split))
+    for ranks in _counts(int(room // sum(learners.values())), job.prompts_per_step):
+        left = room - ranks * sum(learners.values())
+        for num_scorers in _powers(int(left // sum(scorers.values()))) if scorers else [0]:
+            rest = int((left - num_scorers * sum(scorers.values())) // job.rollout.gpus_per_actor)
+            engines = _engines(rest, ranks, job.prompts_per_step)
+            if not engines:
+                continue
+            numbers: dict[str, int] = {name: ranks for name in learners} | {name: num_scorers for name in scorers}
+            numbers["rollout"] = engines
+            changed = {name: n for name, n in numbers.items() if n != getattr(job, name).num_actors}
+            sections = {name: getattr(job, name).model_copy(update={"num_actors": n}) for name, n in changed.items()}
+            other = make_plan(job.model_copy(update=sections), plan.cluster, plan.workload)
+            found.append(Split({f"{name}.num_actors": n for name, n in changed.items()}, other))
     return sorted(found, key=lambda split: split.plan.step_seconds)
 
 
 def _counts(most: int, prompts: int) -> list[int]:
     """Numbers of ranks that divide a step's prompts."""
     return [n for n in range(1, min(most, prompts) + 1) if prompts % n == 0]
+
+
+def _powers(most: int) -> list[int]:
+    """Powers of two up to ``most``, and the numbers half-way to the next."""
+    found = [1 << k for k in range(most.bit_length())]
+    return sorted({n for power in found for n in (power, power + power // 2) if n <= most})
 
 
 def _engines(most: int, ranks: int, prompts: int) -> int:

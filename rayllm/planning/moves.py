@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from rayllm.config.common import LearnerConfig
 from rayllm.planning.changes import Changes
 from rayllm.planning.memory import Memory
 from rayllm.planning.roles import RoleSpec

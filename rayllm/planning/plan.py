@@ -199,6 +199,8 @@ def place(roles: Sequence[PlannedRole], cluster: ClusterConfig) -> tuple[list[fl
         spec, rest = role.spec, role.spec.num_actors
         each = role.memory.host if role.available is not None else role.memory.peak
         for node in range(cluster.nodes):
+            if not rest:
+                break
             fits = min(
                 math.floor(cpus[node] / spec.cpus + 1e-6),
                 math.floor(gpus[node] / spec.gpus + 1e-6) if spec.gpus else rest,

@@ -67,7 +67,7 @@ def _print_batches(console: Console, batches: Sequence[tuple[str, str, str]]) ->
     """The arithmetic of a step's batches, as `rayllm ppo --explain` prints it, as one line."""
     shown = [f"{what} [bold]{number}[/bold]" for what, number, _ in batches if ":" not in what]
     if shown:
-        console.print(" · ".join(shown[:6]) + "\n", style="dim", highlight=False)
+        console.print(" · ".join(shown[:4]) + "\n", style="dim", highlight=False)
 
 
 def _memory_table(plan: Plan) -> Table:
@@ -169,16 +169,22 @@ def _print_advice(console: Console, plan: Plan, advice: Advice | None) -> None:
 
 def _print_split(console: Console, plan: Plan, split: Split) -> None:
     gain = plan.step_seconds / split.plan.step_seconds
-    shown = f"balanced: {split.learner_gpus} GPUs learn, {split.rollout_gpus} sample"
     if gain < 1.02:
-        console.print(f"[green]✓[/green] {shown}; this split is as fast as any that fits", highlight=False)
+        console.print("[green]✓[/green] balanced: no other split of the GPUs is faster", highlight=False)
         return
     console.print(
-        f"\n[bold]{shown}[/bold]: {_seconds(split.plan.step_seconds)} s a step, {gain:.1f} times as fast",
+        f"\n[bold]balanced[/bold]: {_shares(split)}; then {_seconds(split.plan.step_seconds)} s a step, "
+        f"{gain:.1f} times as fast",
         highlight=False,
     )
     for line in _written(split.changes):
         console.print(f"  [cyan]{escape(line)}[/cyan]", highlight=False, soft_wrap=True)
+
+
+def _shares(split: Split) -> str:
+    parts = [(split.gpus("policy", "critic"), "learn"), (split.gpus("reference", "reward"), "score")]
+    shown = [f"{gpus} GPUs {verb}" for gpus, verb in [*parts, (split.gpus("rollout"), "sample")] if gpus]
+    return ", ".join(shown)
 
 
 def _written(changes: Changes) -> list[str]:
@@ -210,7 +216,8 @@ def as_json(name: str, plan: Plan, advice: Advice | None, split: Split | None) -
             "changes": advice.changes, "step_seconds": advice.plan.step_seconds
         },
         "balanced_split": None if split is None else {
-            "changes": split.changes, "learner_gpus": split.learner_gpus, "rollout_gpus": split.rollout_gpus,
+            "changes": split.changes, "learner_gpus": split.gpus("policy", "critic"),
+            "scorer_gpus": split.gpus("reference", "reward"), "rollout_gpus": split.gpus("rollout"),
             "step_seconds": split.plan.step_seconds,
         },
         "note": MEASURED,
