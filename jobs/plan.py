@@ -72,8 +72,12 @@ def live_cluster(address: str, loaded: Loaded[PlanConfig]) -> ClusterConfig:
     known = sorted(RAY_NAMES[kind] for kind in kinds if kind in RAY_NAMES)
     if known:
         tree["gpu"] = known[0]
-    given = {key.partition(".")[2] for key in loaded.origins if key.startswith("cluster.")}
-    set_here = loaded.config.cluster.model_dump(include=given)
+    usual = ClusterConfig()
+    set_here = {
+        name: value
+        for name, value in loaded.config.cluster.model_dump().items()
+        if value != getattr(usual, name) or f"cluster.{name}" in loaded.origins
+    }
     return ClusterConfig.model_validate(tree | set_here)
 
 

@@ -25,9 +25,10 @@ PARTS = ("weights", "gradients", "optimizer", "working", "kv_cache", "runtime")
 """Columns of memory, in order."""
 
 MEASURED = (
-    "Memory: what DeepSpeed and autograd hold was counted; a process's own share was measured on CPU and is assumed on "
-    "GPUs. Seconds: a roofline with assumed efficiencies; on CPU the core's rate was measured. No GPU has been run."
+    "Counted: what DeepSpeed and autograd hold. Measured, on CPU: what a process takes before it holds a model, and "
+    "what a core computes. Assumed: the same of GPUs, and all efficiencies; no GPU has been run."
 )
+"""How far to trust it, below every plan."""
 
 
 def print_plan(
