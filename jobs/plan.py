@@ -14,7 +14,7 @@ from rayllm.config.ppo import PPOConfig
 from rayllm.errors import InputError
 from rayllm.planning.advice import nearest_fit
 from rayllm.planning.balance import best_split
-from rayllm.planning.hardware import GIB, RAY_NAMES
+from rayllm.planning.hardware import GIB, GPUS, RAY_NAMES
 from rayllm.planning.plan import load_job, make_plan
 from rayllm.planning.view import as_json, print_plan
 
@@ -69,9 +69,9 @@ def live_cluster(address: str, loaded: Loaded[PlanConfig]) -> ClusterConfig:
         "memory_gib": min(memory) / GIB,
     }
     kinds = {name.split(":", 1)[1] for node in with_gpus for name in node if name.startswith("accelerator_type:")}
-    known = sorted(RAY_NAMES[kind] for kind in kinds if kind in RAY_NAMES)
+    known = [RAY_NAMES[kind] for kind in kinds if kind in RAY_NAMES]
     if known:
-        tree["gpu"] = known[0]
+        tree["gpu"] = min(known, key=lambda name: GPUS[name].memory)
     usual = ClusterConfig()
     set_here = {
         name: value

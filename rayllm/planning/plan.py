@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayllm.config.base import merge, read_yaml, validate
-from rayllm.config.common import TrainConfig
 from rayllm.config.plan import ClusterConfig, PlanConfig, WorkloadConfig
 from rayllm.config.ppo import PPOConfig
 from rayllm.config.pretrain import PretrainConfig
 from rayllm.config.reward_model import RewardModelConfig
 from rayllm.config.sft import SftConfig
-from rayllm.planning import memory, roofline
+from rayllm.planning import memory
 from rayllm.planning.hardware import GIB, GIGA, find_gpu
 from rayllm.planning.memory import Memory
+from rayllm.planning.phases import Phase, PlannedRole, ppo_seconds, training_seconds
 from rayllm.planning.roles import Job, RoleSpec, roles_of
 from rayllm.planning.roofline import Machine
 
@@ -31,29 +31,6 @@ DATA = {
     "reward-model": {"run_dir": "-", "rankings": "-", "heldout_rankings": "-"},
 }
 """Job -> inputs that a plan does without."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRole:
-    """A role and what one of its processes takes."""
-
-    spec: RoleSpec
-    memory: Memory
-    available: float | None
-    """Bytes of its share of a GPU that can be filled; None on CPU, where a node's processes share its memory."""
-
-    problem: str | None
-    """Why it does not fit by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """Part of a step. Roles of one phase work side by side."""
-
-    name: str
-    seconds: float
-    role: str
-    """The one that takes longest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,9 +102,9 @@ def make_plan(job: Job, cluster: ClusterConfig, workload: WorkloadConfig) -> Pla
             f"a node needs {host / GIB:,.1f} GiB of host memory for its processes, it has {cluster.memory_gib:,.1f} GiB"
         )
     if isinstance(job, PPOConfig):
-        phases, step, tokens = _ppo_seconds(job, roles, machine, workload)
+        phases, step, tokens = ppo_seconds(job, roles, machine, workload)
     else:
-        phases, step, tokens = _training_seconds(job, roles[0], machine, workload)
+        phases, step, tokens = training_seconds(job, roles[0], machine, workload)
     return Plan(
         job=job, cluster=cluster, workload=workload, roles=roles, host_bytes=host, problems=tuple(problems),
         phases=phases, step_seconds=step, tokens_per_step=tokens,
@@ -227,100 +204,3 @@ def _capacity(roles: Sequence[PlannedRole], cluster: ClusterConfig, left: dict[s
         listed = ", ".join(f"{count} of {name}" for name, count in left.items())
         found.append(f"processes that find no node with enough free GPUs and CPUs: {listed}")
     return found
-
-
-def _ppo_seconds(
-    job: PPOConfig, roles: tuple[PlannedRole, ...], machine: Machine, workload: WorkloadConfig
-) -> tuple[tuple[Phase, ...], float, float]:
-    found = {role.spec.name: role for role in roles}
-    rows = job.prompts_per_step * job.samples_per_prompt
-    new = min(workload.response_tokens or job.rollout.max_new_tokens, job.rollout.max_new_tokens)
-    tokens = workload.prompt_tokens + new
-    algorithm, lora = job.algorithm, job.policy.learner.lora.rank is not None
-
-    def score(name: str, passes: int = 1) -> float:
-        spec = found[name].spec
-        assert spec.shape is not None
-        dtype = spec.learner.dtype if spec.learner is not None else "float32"
-        where = _machine_for(spec, machine)
-        seconds = roofline.score_seconds(
-            where, spec.shape, sequences=rows / spec.num_actors, tokens=tokens, dtype=dtype, cores=spec.cpus
-        )
-        return passes * seconds
-
-    scores: dict[str, float] = {
-        name: score(name) for name in ("reference", "reward", "critic") if name in found and found[name].spec.shape
-    }
-    passes = (algorithm.updates_per_step > 1) + (lora and algorithm.kl_coef > 0)
-    if passes:
-        scores["policy"] = score("policy", passes)
-    updates: dict[str, float] = {
-        name: _update(job, found[name].spec, machine, rows, tokens) for name in ("policy", "critic") if name in found
-    }
-    engine = found["rollout"]
-    spec = engine.spec
-    assert spec.shape is not None
-    greedy = 1 + 1 / job.samples_per_prompt if algorithm.estimator.needs_greedy_baseline else 1.0
-    sampling = greedy * roofline.sampling_seconds(
-        _machine_for(spec, machine), spec.shape, spec.engine, sequences=rows / spec.num_actors,
-        prompts=job.prompts_per_step / spec.num_actors, prompt_tokens=workload.prompt_tokens, new_tokens=new,
-        concurrency=engine.memory.concurrency or 1, cores=spec.cpus,
-    )  # fmt: skip
-    dtype = str(spec.engine.get("dtype", "bfloat16" if spec.gpus else "float32"))
-    phases = [
-        Phase("rollout", _side_by_side({"rollout": sampling}, found, machine), "rollout"),
-        _phase("score", scores, found, machine),
-        _phase("update", updates, found, machine),
-        Phase("sync", roofline.sync_seconds(machine, spec.shape, dtype), "policy"),
-    ]
-    rollout, scored, updated, synced = (phase.seconds for phase in phases)
-    learning = scored + updated
-    turn = max(rollout, learning) if job.max_policy_lag else rollout + learning
-    return tuple(phases), turn + synced, float(rows * new)
-
-
-def _update(job: PPOConfig, spec: RoleSpec, machine: Machine, rows: int, tokens: float) -> float:
-    assert spec.shape is not None and spec.learner is not None
-    algorithm = job.algorithm
-    minibatch = -(-rows // spec.num_actors // algorithm.num_minibatches)
-    return roofline.update_seconds(
-        _machine_for(spec, machine), spec.shape, spec.learner, ranks=spec.num_actors,
-        sequences=rows / spec.num_actors * algorithm.num_epochs, tokens=tokens,
-        optimizer_steps=algorithm.updates_per_step,
-        micro_batches=algorithm.updates_per_step * max(1, -(-minibatch // spec.rows)), cores=spec.cpus,
-    )  # fmt: skip
-
-
-def _training_seconds(
-    job: TrainConfig, role: PlannedRole, machine: Machine, workload: WorkloadConfig
-) -> tuple[tuple[Phase, ...], float, float]:
-    spec = role.spec
-    assert spec.shape is not None and spec.learner is not None
-    per_prompt = workload.responses_per_prompt if isinstance(job, RewardModelConfig) else 1
-    tokens = spec.tokens if isinstance(job, PretrainConfig) else min(workload.row_tokens or spec.tokens, spec.tokens)
-    rows = job.batch_size * per_prompt
-    seconds = roofline.update_seconds(
-        _machine_for(spec, machine), spec.shape, spec.learner, ranks=spec.num_actors,
-        sequences=rows / spec.num_actors, tokens=tokens, optimizer_steps=1,
-        micro_batches=max(1, -(-rows // spec.num_actors // spec.rows)), cores=spec.cpus,
-    )  # fmt: skip
-    seconds = _side_by_side({spec.name: seconds}, {spec.name: role}, machine)
-    return (Phase("update", seconds, spec.name),), seconds, float(rows * tokens)
-
-
-def _machine_for(spec: RoleSpec, machine: Machine) -> Machine:
-    """A role without GPUs computes on CPU wherever it is."""
-    return machine if spec.gpus else replace(machine, gpu=None)
-
-
-def _phase(name: str, seconds: dict[str, float], roles: dict[str, PlannedRole], machine: Machine) -> Phase:
-    if not seconds:
-        return Phase(name, 0.0, "none")
-    return Phase(name, _side_by_side(seconds, roles, machine), max(seconds, key=lambda role: seconds[role]))
-
-
-def _side_by_side(seconds: dict[str, float], roles: dict[str, PlannedRole], machine: Machine) -> float:
-    """The slowest; on CPU also no less than all the work over all the cores."""
-    on_cpu = {name: s for name, s in seconds.items() if not roles[name].spec.gpus}
-    work = sum(s * roles[name].spec.num_actors * max(1.0, roles[name].spec.cpus) for name, s in on_cpu.items())
-    return max([*seconds.values(), work / (machine.nodes * machine.cpus_per_node)])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from rayllm.config.common import LearnerConfig, TrainConfig
+from rayllm.config.common import LearnerConfig
 from rayllm.config.plan import WorkloadConfig
 from rayllm.config.ppo import PPOConfig
 from rayllm.config.pretrain import PretrainConfig
@@ -81,7 +81,7 @@ def roles_of(config: Job, workload: WorkloadConfig) -> list[RoleSpec]:
 
 
 def _ppo_roles(config: PPOConfig, workload: WorkloadConfig) -> list[RoleSpec]:
-    shape = _shape(config.model, "model")
+    shape = find_shape(config.model)
     longest = (workload.longest_prompt_tokens or workload.prompt_tokens) + config.rollout.max_new_tokens
     limit = int(config.rollout.engine.get("max_model_len", shape.max_positions))
     if longest > limit:
@@ -92,7 +92,7 @@ def _ppo_roles(config: PPOConfig, workload: WorkloadConfig) -> list[RoleSpec]:
         )
     roles = [_learner("policy", config.policy, shape, config, longest)]
     if config.algorithm.estimator.needs_critic:
-        critic = _shape(config.critic_start, "critic.model").with_scalar_head()
+        critic = find_shape(config.critic_start, key="critic.model").with_scalar_head()
         roles.append(_learner("critic", config.critic, critic, config, longest))
     shard = config.prompts_per_step * config.samples_per_prompt // config.num_shards
     if config.algorithm.kl_coef > 0 and config.policy.learner.lora.rank is None:
@@ -102,7 +102,7 @@ def _ppo_roles(config: PPOConfig, workload: WorkloadConfig) -> list[RoleSpec]:
     reward = config.reward
     if reward.source == "model":
         assert config.reward_model is not None
-        scorer = _shape(config.reward_model, "reward_model").with_scalar_head()
+        scorer = find_shape(config.reward_model, key="reward_model").with_scalar_head()
         rows = min(reward.micro_batch_size, shard)
         roles.append(_actors("reward", "frozen", reward, shape=scorer, rows=rows, tokens=longest))
     else:
@@ -113,10 +113,6 @@ def _ppo_roles(config: PPOConfig, workload: WorkloadConfig) -> list[RoleSpec]:
         _actors("rollout", "engine", config.rollout, shape=shape, tokens=longest, engine=engine, sequences=sequences)
     )
     return roles
-
-
-def _shape(path: Path, key: str) -> ModelShape:
-    return find_shape(path, key=key)
 
 
 def _actors(name: str, kind: str, section: Any, *, shape: ModelShape | None = None, **more: Any) -> RoleSpec:
@@ -139,14 +135,13 @@ def _learner(name: str, section: LearnerActorsConfig, shape: ModelShape, config:
     )  # fmt: skip
 
 
-def _training_role(config: TrainConfig, workload: WorkloadConfig) -> RoleSpec:
+def _training_role(config: SftConfig | PretrainConfig | RewardModelConfig, workload: WorkloadConfig) -> RoleSpec:
     workers = config.workers
     rows = config.batch_size // workers.num_workers
-    tokens = config.sequence_length if isinstance(config, PretrainConfig) else config.max_length  # type: ignore[attr-defined]
     if isinstance(config, PretrainConfig):
-        shape = _pretrain_shape(config)
+        shape, tokens = _pretrain_shape(config), config.sequence_length
     else:
-        shape = _shape(config.model, "model")  # type: ignore[attr-defined]
+        shape, tokens = find_shape(config.model), config.max_length
     size = config.micro_batch_size
     if isinstance(config, RewardModelConfig):
         shape = shape.with_scalar_head()
@@ -161,8 +156,6 @@ def _training_role(config: TrainConfig, workload: WorkloadConfig) -> RoleSpec:
 
 def _pretrain_shape(config: PretrainConfig) -> ModelShape:
     """Of the decoder that is to be made; the vocabulary is the tokenizer's, or that of a known model."""
-    import json
-
     file = config.tokenizer / "tokenizer.json"
     if file.is_file():
         tree = json.loads(file.read_text())
