@@ -58,8 +58,11 @@ class Memory:
     weights: float
     gradients: float = 0.0
     optimizer: float = 0.0
-    working: float = 0.0
-    """Activations, logits, buffers, temporaries."""
+    activations: float = 0.0
+    """And logits."""
+
+    buffers: float = 0.0
+    """DeepSpeed's for gradients, gathered layers, temporaries; of an engine, second copies of weights."""
 
     kv_cache: float = 0.0
     runtime: float = 0.0
@@ -80,7 +83,8 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.working + self.kv_cache + self.runtime
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + self.buffers + self.kv_cache + self.runtime
 
 
 def saved_activations(shape: ModelShape, *, rows: int, tokens: int, element: int) -> float:
@@ -191,6 +195,7 @@ def learner_memory(
     shard = trained / (ranks if learner.zero_stage else 1)
     pass_ = {"rows": rows, "tokens": tokens, "element": size}
     saved = activations(shape, **pass_, checkpointing=learner.gradient_checkpointing)
+    held = saved + logits(shape, **pass_, training=True)
     at: dict[str, Any] = {
         "weights": states.weights,
         "runtime": (GPU_RUNTIME if on_gpu else CPU_RUNTIME)["learner"],
@@ -200,7 +205,8 @@ def learner_memory(
     backward = Memory(
         gradients=states.accumulated,
         optimizer=states.optimizer,
-        working=backward_working(learner, trained, total, saved + logits(shape, **pass_, training=True), on_gpu=on_gpu),
+        activations=held,
+        buffers=backward_buffers(learner, trained, total, held, on_gpu=on_gpu),
         moment="backward",
         **at,
     )
@@ -210,9 +216,8 @@ def learner_memory(
     step = Memory(
         gradients=states.gradients,
         optimizer=states.optimizer,
-        working=temporaries
-        + (saved if small and not on_gpu else 0.0)
-        + (reduce_bucket(learner, trained, on_gpu=on_gpu) if learner.zero_stage == 3 else 0.0),
+        activations=saved if small and not on_gpu else 0.0,  # freed, and kept for the process by the C library
+        buffers=temporaries + (reduce_bucket(learner, trained, on_gpu=on_gpu) if learner.zero_stage == 3 else 0.0),
         moment="step",
         **at,
     )
@@ -228,19 +233,19 @@ def reduce_bucket(learner: LearnerConfig, trained: int, *, on_gpu: bool) -> floa
     return float(size * (BUCKET if learner.zero_stage and on_gpu else min(trained, BUCKET)))
 
 
-def backward_working(learner: LearnerConfig, trained: int, total: int, saved: float, *, on_gpu: bool) -> float:
-    """Bytes of the backward pass beside the states. Activations go while gradients come: never both in full.
+def backward_buffers(learner: LearnerConfig, trained: int, total: int, held: float, *, on_gpu: bool) -> float:
+    """Bytes of the backward pass beside states and activations.
 
     Args:
         learner: how it is trained.
         trained, total: parameters.
-        saved: activations and logits.
+        held: activations and logits. They go while gradients come: never both in full.
         on_gpu: see `reduce_bucket`.
     """
     size = BYTES[learner.dtype]
     live = size * min(total, LIVE) if learner.zero_stage == 3 else 0
     unreduced = size * min(trained, BUCKET) if learner.zero_stage >= 2 else 0
-    return reduce_bucket(learner, trained, on_gpu=on_gpu) + live + max(saved, unreduced)
+    return reduce_bucket(learner, trained, on_gpu=on_gpu) + live + max(0.0, unreduced - held)
 
 
 def frozen_memory(shape: ModelShape, *, rows: int, tokens: int, on_gpu: bool) -> Memory:
@@ -248,7 +253,7 @@ def frozen_memory(shape: ModelShape, *, rows: int, tokens: int, on_gpu: bool) ->
     weights = 4.0 * shape.parameters
     return Memory(
         weights=weights,
-        working=forward_only(shape, rows=rows, tokens=tokens, element=4),
+        activations=forward_only(shape, rows=rows, tokens=tokens, element=4),
         runtime=(GPU_RUNTIME if on_gpu else CPU_RUNTIME)["frozen"],
         host=GPU_HOST + weights if on_gpu else 0.0,
     )
@@ -278,7 +283,8 @@ def engine_memory(
         batch = min(sequences, concurrency)
         # Linear layers are packed a second time, and new weights lie beside the old ones while they are loaded.
         return Memory(
-            weights=weights, working=weights + bundle + 4.0 * shape.vocab * batch, kv_cache=each * tokens * batch,
+            weights=weights, buffers=weights + bundle, activations=4.0 * shape.vocab * batch,
+            kv_cache=each * tokens * batch,
             runtime=CPU_RUNTIME["engine"], moment="sync", concurrency=concurrency, cache_size=cache,
             cache_needed=needed,
         )  # fmt: skip
@@ -291,7 +297,7 @@ def engine_memory(
     budget = float(engine.get("gpu_memory_utilization", ENGINE_USABLE)) * gpu_memory
     cache = float(engine.get("kv_cache_memory_bytes", max(0.0, budget - weights - working - runtime)))
     return Memory(
-        weights=weights, working=working, kv_cache=cache, runtime=runtime, host=GPU_HOST * split + 2 * bundle,
+        weights=weights, activations=working, kv_cache=cache, runtime=runtime, host=GPU_HOST * split + 2 * bundle,
         moment="sampling", concurrency=min(seqs, int(cache // (each * tokens))), cache_size=cache,
         cache_needed=needed,
     )  # fmt: skip

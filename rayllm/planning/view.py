@@ -21,7 +21,7 @@ from rayllm.planning.plan import Plan, PlannedRole, machine_of
 BAR = 8
 """Columns of a bar."""
 
-PARTS = ("weights", "gradients", "optimizer", "working", "kv_cache", "runtime")
+PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "kv_cache", "runtime")
 """Columns of memory, in order."""
 
 MEASURED = (
@@ -79,7 +79,7 @@ def _memory_table(plan: Plan) -> Table:
     table.add_column("role", style="bold", no_wrap=True)
     table.add_column("processes", no_wrap=True)
     table.add_column("model", no_wrap=True)
-    for column in ("weights", "gradients", "optimizer", "working", "KV", "runtime", "peak"):
+    for column in ("weights", "grads", "optimizer", "activations", "buffers", "KV", "runtime", "peak"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("of its room", no_wrap=True)
     table.add_column("", no_wrap=True, style="dim")

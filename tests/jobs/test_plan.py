@@ -56,7 +56,7 @@ def test_json_holds_what_the_tables_show_and_its_advice_fits(capsys, monkeypatch
     assert status == 1 and not found["fits"] and found["problems"]
     policy = found["roles"][0]
     assert policy["role"] == "policy" and policy["parameters"] == 8_030_261_248
-    parts = ("weights", "gradients", "optimizer", "working", "kv_cache", "runtime")
+    parts = ("weights", "gradients", "optimizer", "activations", "buffers", "kv_cache", "runtime")
     assert policy["peak"] == pytest.approx(sum(policy[part] for part in parts)) and policy["available"] < policy["peak"]
     assert set(found["phases"]) == {"rollout", "score", "update", "sync"}
     assert found["slowest_phase"] == "score" and found["cost_per_thousand_steps"] > 0

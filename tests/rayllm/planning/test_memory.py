@@ -17,7 +17,7 @@ from rayllm.planning.hardware import GIB
 from rayllm.planning.memory import (
     BUCKET,
     activations,
-    backward_working,
+    backward_buffers,
     engine_memory,
     frozen_memory,
     learner_memory,
@@ -135,7 +135,7 @@ def test_shares_shrink_with_the_ranks_and_offloading_empties_the_gpu():
     assert found.optimizer == 0 and found.host > 16 * shape.parameters / 8
     frozen = frozen_memory(shape, rows=2, tokens=512, on_gpu=True)
     assert frozen.weights == 4 * shape.parameters  # reference and reward model are float32 everywhere
-    assert learner_memory(shape, learner, ranks=8, rows=2, tokens=512, on_gpu=True).working > 2 * BUCKET
+    assert learner_memory(shape, learner, ranks=8, rows=2, tokens=512, on_gpu=True).buffers == 2 * BUCKET
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
@@ -266,7 +266,7 @@ def test_states_and_buffers_are_what_deepspeed_allocates(world_size, learner):
         kept = reduce_bucket(settings, total, on_gpu=True) + planned.accumulated
     shard = total / world_size
     assert found["held"] == pytest.approx(fixed + kept, abs=SLACK)
-    buffers = backward_working(settings, total, total, 0.0, on_gpu=True)
+    buffers = backward_buffers(settings, total, total, 0.0, on_gpu=True)
     assert found["backward"] == pytest.approx(fixed + planned.accumulated + buffers, abs=SLACK)
     kept -= planned.accumulated if kept else 0.0  # counted among the gradients
     assert found["step"] == pytest.approx(fixed + kept + planned.gradients + 8 * shard, abs=SLACK)
