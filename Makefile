@@ -39,6 +39,7 @@ bench: install
 	  done; \
 	done; done
 	$(BIN)/python -m bench.overhead --json $(BENCH)/overhead.json
+	$(BIN)/python -m bench.plan $(BENCH)/ppo-lag0-*.json
 	$(BIN)/python -m bench.report $(BENCH) bench/RESULTS.md
 
 install: $(STAMP)

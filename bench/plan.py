@@ -37,7 +37,7 @@ def plan_of(result: dict[str, Any]) -> Plan:
     tree = merge({}, settings(result["algorithm"], num_steps=1, model=Path(result["model"])))
     for override in [*result["overrides"], f"max_policy_lag={result['lag']}"]:
         apply_override(tree, {}, override)
-    job, _ = load_job(PlanConfig(settings=tree))
+    job = load_job(PlanConfig(settings=tree))
     machine = result["machine"]
     cluster = ClusterConfig(gpus_per_node=0, cpus_per_node=machine["cores"], memory_gib=machine["memory_gib"])
     return make_plan(job, cluster, WorkloadConfig(prompt_tokens=PROMPT_TOKENS))
@@ -65,7 +65,7 @@ def planning_seconds(num_gpus: int) -> float:
         "reward": scorer, "rollout": {**share, "max_new_tokens": 1024},
     }  # fmt: skip
     began = time.perf_counter()
-    job, _ = load_job(PlanConfig(settings=tree))
+    job = load_job(PlanConfig(settings=tree))
     plan = make_plan(job, ClusterConfig(nodes=num_gpus // 8, gpus_per_node=8), WorkloadConfig())
     advice = nearest_fit(plan)
     assert not plan.fits and advice is not None

@@ -35,7 +35,7 @@ def plan(loaded: Loaded[PlanConfig], console: Console, *, address: str | None = 
     """
     config = loaded.config
     cluster = config.cluster if address is None else live_cluster(address, loaded)
-    job, _ = load_job(config)
+    job = load_job(config)
     found = make_plan(job, cluster, config.workload)
     advice = nearest_fit(found) if config.advice and not found.fits else None
     split = best_split(found if advice is None else advice.plan) if config.advice else None

@@ -25,7 +25,7 @@ JOBS: dict[str, type[Any]] = {
 }  # fmt: skip
 
 DATA = {
-    "ppo": {"run_dir": "-", "prompts": "-", "model": "-", "reward_model": "-"},
+    "ppo": {"run_dir": "-", "prompts": "-"},
     "sft": {"run_dir": "-", "data": "-"},
     "pretrain": {"run_dir": "-", "documents": "-", "heldout": "-"},
     "reward-model": {"run_dir": "-", "rankings": "-", "heldout_rankings": "-"},
@@ -70,23 +70,20 @@ class Plan:
         return None if price is None else 1000 * self.step_seconds / 3600 * units * price
 
 
-def load_job(config: PlanConfig) -> tuple[Job, dict[str, Any]]:
-    """The config of the run that is planned, and the tree that it was made from.
+def load_job(config: PlanConfig) -> Job:
+    """The config of the run that is planned.
 
     Raises:
         InputError: as every job's config.
     """
-    cls = JOBS[config.job]
     given: dict[str, Any] = {}
     for file in config.config:
         given = merge(given, read_yaml(file)[0])
     given = merge(given, config.settings)
-    tree = merge(DATA[config.job], given)
-    if config.job == "ppo" and "model" not in given:
-        tree.pop("model")
-    if config.job == "ppo" and "reward_model" not in given and "model" in given:
-        tree["reward_model"] = given["model"]  # of the same size, as usual
-    return validate(cls, tree, {}).config, tree
+    usual: dict[str, Any] = dict(DATA[config.job])
+    if config.job == "ppo":
+        usual["reward_model"] = given.get("model")  # of the same size, as usual
+    return validate(JOBS[config.job], merge(usual, given), {}).config
 
 
 def make_plan(job: Job, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:

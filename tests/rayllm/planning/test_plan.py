@@ -15,7 +15,8 @@ from rayllm.planning.advice import blocked, nearest_fit
 from rayllm.planning.balance import best_split, splits
 from rayllm.planning.changes import is_valid, with_changes
 from rayllm.planning.hardware import GIB, GPUS
-from rayllm.planning.plan import Plan, load_job, make_plan, place
+from rayllm.planning.moves import cheapest
+from rayllm.planning.plan import Plan, load_job, machine_of, make_plan, place
 from rayllm.planning.shapes import KNOWN
 from tests.conftest import ROOT
 
@@ -38,7 +39,7 @@ def ppo(model: str = "qwen2.5-1.5b", **over) -> dict:
 
 def planned(settings: dict, *, job: str = "ppo", workload: dict | None = None, **cluster) -> Plan:
     config = PlanConfig.model_validate({"job": job, "settings": settings, "cluster": cluster})
-    found, _ = load_job(config)
+    found = load_job(config)
     return make_plan(found, config.cluster, WorkloadConfig.model_validate(workload or {}))
 
 
@@ -171,6 +172,19 @@ def test_the_advice_is_the_nearest():
     assert "cluster.nodes" not in advice.changes and advice.plan.gpus <= 8
     shared = {"gpus_per_actor": 0.5, "max_new_tokens": 512, "engine": {"max_model_len": 4096}}
     assert nearest_fit(planned(ppo(rollout=shared))).changes == {"rollout.engine.gpu_memory_utilization": 0.475}
+
+
+def test_an_engine_that_is_too_large_for_a_gpu_is_split_over_several():
+    plan = planned(ppo("llama-3-70b"))
+    spec = role(plan, "rollout").spec
+
+    def fits(spec, memory):
+        return memory.cache_needed <= memory.cache_size and memory.peak <= 79.1 * GIB
+
+    changes, changed = next(cheapest(spec, machine_of(plan.cluster), fits))
+    assert changes == {"rollout.engine.tensor_parallel_size": 2, "rollout.gpus_per_actor": 2.0}
+    found = changed.memory(machine_of(plan.cluster))
+    assert found.weights == 70_553_706_496 and found.concurrency >= 1  # 2 bytes, over two
 
 
 def test_cpu_machines_get_advice_too():
