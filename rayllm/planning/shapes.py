@@ -1,6 +1,7 @@
 """What a decoder is made of, as numbers: enough to count its parameters, its work and its memory without its weights.
 
-Counts are those of transformers' classes for Llama, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE, to the parameter.
+Counts are those of transformers' classes, to the parameter: by formula for `ARCHITECTURES`, for others by building the
+model without weights.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rayllm.config.base import HUB_PREFIX, is_on_hub
 from rayllm.errors import InputError
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
-"""transformers' ``model_type``s whose parameters are counted here."""
+"""transformers' ``model_type``s whose parameters are counted by formula."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,10 @@ class ModelShape:
     experts_per_token: int = 0
     head_outputs: int = 0
     """Rows of a scalar head in place of the language model's (reward model, critic); 0: a language model."""
+
+    counted: int | None = None
+    """Parameters of the language model, of an architecture that has no formula here; the other sizes are then near, not
+    exact."""
 
     @property
     def attention_width(self) -> int:
@@ -92,6 +97,9 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Distinct parameters; tied ones count once."""
+        if self.counted is not None:
+            own_head = 0 if self.tied else self.embedding_parameters
+            return self.counted if not self.head_outputs else self.counted - own_head + self.head_parameters
         return self.embedding_parameters + self.layers * self.layer_parameters + self.hidden + self.head_parameters
 
     @property
@@ -102,6 +110,8 @@ class ModelShape:
     @property
     def multiplied(self) -> int:
         """Parameters that one token is multiplied with: active experts only, and the head, but no embedding row."""
+        if self.counted is not None:
+            return self.parameters - (0 if self.tied and not self.head_outputs else self.embedding_parameters)
         mlp = 3 * self.hidden * self.intermediate * self.active_mlps + self.hidden * self.experts
         head = self.hidden * (self.head_outputs or self.vocab)
         return self.layers * (self.attention_parameters + mlp) + head
@@ -121,13 +131,7 @@ class ModelShape:
 
     def with_scalar_head(self) -> ModelShape:
         """The same decoder as a reward model or critic."""
-        return _replace(self, head_outputs=1)
-
-
-def _replace(shape: ModelShape, **changes: Any) -> ModelShape:
-    from dataclasses import replace
-
-    return replace(shape, **changes)
+        return replace(self, head_outputs=1)
 
 
 def _llama(name: str, *sizes: int, **more: Any) -> ModelShape:
@@ -196,16 +200,12 @@ def find_shape(model: Path | str, *, key: str = "model") -> ModelShape:
 
 
 def from_config(config: Mapping[str, Any], *, name: str, key: str = "model") -> ModelShape:
-    """The shape that a config.json describes. Raises InputError for an architecture that is not counted here."""
+    """The shape that a config.json describes. Raises InputError for an architecture that transformers does not know."""
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        raise InputError(
-            f"{key}: {name} has model_type={kind!r}; the plan knows {', '.join(ARCHITECTURES)}. "
-            "Name a model of about the same shape instead"
-        )
+        return _built(config, name=name, key=key)
     moe = kind in ("mixtral", "qwen3_moe")
     heads = int(config["num_attention_heads"])
-    scalar = any(n.endswith("ForSequenceClassification") for n in config.get("architectures") or ())
     return ModelShape(
         name=name,
         hidden=int(config["hidden_size"]),
@@ -221,8 +221,46 @@ def from_config(config: Mapping[str, Any], *, name: str, key: str = "model") -> 
         qk_norm=kind in ("qwen3", "qwen3_moe"),
         experts=int(config.get("num_local_experts") or config.get("num_experts") or 0) if moe else 0,
         experts_per_token=int(config.get("num_experts_per_tok") or 2) if moe else 0,
-        head_outputs=1 if scalar else 0,
+        head_outputs=1 if _is_classifier(config) else 0,
     )
+
+
+def _built(config: Mapping[str, Any], *, name: str, key: str) -> ModelShape:
+    """Of an architecture without a formula: count its parameters on the model itself, made without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {k: v for k, v in config.items() if k != "model_type"}
+    try:
+        known: Any = AutoConfig.for_model(str(config.get("model_type")), **sizes)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(known)
+    except (ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise InputError(
+            f"{key}: {name} has model_type={config.get('model_type')!r}, which cannot be planned: {reason}. "
+            "Name a model of about the same shape instead"
+        ) from None
+    heads = int(known.num_attention_heads)
+    wide = getattr(known, "intermediate_size", None) or getattr(known, "ffn_dim", None) or 4 * known.hidden_size
+    return ModelShape(
+        name=name,
+        hidden=int(known.hidden_size),
+        intermediate=int(wide),
+        layers=int(known.num_hidden_layers),
+        heads=heads,
+        kv_heads=int(getattr(known, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(known, "head_dim", None) or known.hidden_size // heads),
+        vocab=int(known.vocab_size),
+        max_positions=int(getattr(known, "max_position_embeddings", None) or 2048),
+        tied=bool(known.tie_word_embeddings),
+        head_outputs=1 if _is_classifier(config) else 0,
+        counted=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _is_classifier(config: Mapping[str, Any]) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
 
 
 def _hub_config(path: Path, key: str) -> dict[str, Any]:

@@ -95,6 +95,19 @@ def test_a_folder_a_name_and_what_is_neither(tmp_path):
     assert find_shape("/anywhere/Qwen2.5-7B") is KNOWN["qwen2.5-7b"]
     with pytest.raises(InputError, match=r"critic.model: .*llama-3-9b .*Did you mean llama-3-8b"):
         find_shape("llama-3-9b", key="critic.model")
-    (folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(InputError, match="model_type='mamba'"):
+    (folder / "config.json").write_text(json.dumps({"model_type": "no_such_thing"}))
+    with pytest.raises(InputError, match="model_type='no_such_thing', which cannot be planned"):
         find_shape(folder)
+
+
+@pytest.mark.parametrize(("kind", "more"), [("gemma2", {}), ("phi3", {"pad_token_id": 0}), ("gpt2", {})])
+def test_an_architecture_without_a_formula_is_counted_on_the_model(kind, more):
+    config = AutoConfig.for_model(kind, **SIZES, **more)
+    shape = from_config({**config.to_dict(), "model_type": kind}, name=kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        config.num_labels = 1
+        scorer = AutoModelForSequenceClassification.from_config(config)
+    assert shape.parameters == count_trainable(model)[1] and shape.hidden == config.hidden_size
+    assert shape.with_scalar_head().parameters == count_trainable(scorer)[1]
+    assert shape.multiplied <= shape.parameters and shape.kv_bytes(2) > 0
