@@ -13,6 +13,7 @@ from rayllm.config.ppo import PPOConfig
 from rayllm.config.pretrain import PretrainConfig
 from rayllm.config.reward_model import RewardModelConfig
 from rayllm.config.sft import SftConfig
+from rayllm.errors import InputError
 from rayllm.planning import memory
 from rayllm.planning.hardware import GIB, GIGA, find_gpu
 from rayllm.planning.memory import Memory
@@ -74,7 +75,7 @@ def load_job(config: PlanConfig) -> Job:
     """The config of the run that is planned.
 
     Raises:
-        InputError: as every job's config.
+        InputError: as of every job's config; a key is one below ``settings``, or of the run's own files.
     """
     given: dict[str, Any] = {}
     for file in config.config:
@@ -83,7 +84,11 @@ def load_job(config: PlanConfig) -> Job:
     usual: dict[str, Any] = dict(DATA[config.job])
     if config.job == "ppo":
         usual["reward_model"] = given.get("model")  # of the same size, as usual
-    return validate(JOBS[config.job], merge(usual, given), {}).config
+    try:
+        return validate(JOBS[config.job], merge(usual, given), {}).config
+    except InputError as error:
+        lines = (f"settings of {config.job}: {line}" for line in str(error).splitlines())
+        raise InputError("\n".join(lines)) from None
 
 
 def make_plan(job: Job, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:

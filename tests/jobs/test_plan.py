@@ -77,6 +77,8 @@ def test_a_model_folder_and_the_runs_own_config(capsys, tmp_path, tiny_model_dir
     assert found["host_bytes"] < 5 * GIB
     status, text = run(capsys, f"config={own}", "settings.prompts_per_stpe=3")
     assert status == 2 and "Did you mean prompts_per_step" in " ".join(text.split())
+    status, text = run(capsys)
+    assert status == 2 and "settings of ppo: model: required but not given" in " ".join(text.split())
     status, text = run(capsys, f"config={tmp_path / 'none.yaml'}")
     assert status == 2 and "cannot read" in text
 
