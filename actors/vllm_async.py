@@ -1,35 +1,37 @@
 """vLLM's AsyncLLM: the engine for GPUs, in processes of its own; tensor and pipeline parallel by vLLM's own settings.
 
-New weights go to the workers through a file in shared memory, which each loads its part of: one copy out, one in, and
-the same way for every number of workers.
+New weights go to the workers through memory that they share with this process, of which each loads its part: one copy
+out, one in, and the same way for every number of workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import os
-import shutil
-import tempfile
+import pickle
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from actors.vllm_engine import EXIT_CODE, EXIT_GRACE_S, FIXED_ARGS, ResultT, VllmEngine, retie, stopped
-
-SHARED_MEMORY = Path("/dev/shm")
+from actors.weights import Memory, pack, unpack
 
 
 class WorkerExtension:
     """What vLLM's workers can do besides, by ``collective_rpc``."""
 
     model_runner: Any
+    reload_weights: Callable[..., Any]
 
-    def retie(self) -> None:
-        """See `actors.vllm_engine.retie`."""
+    def load_published(self, message: bytes) -> None:
+        """Load the weights of a pickled `WeightBundle` without a buffer, the buffer's `Place` and its length."""
+        bundle, place, nbytes = pickle.loads(message)
+        bundle = dataclasses.replace(bundle, buffer=place.read(nbytes))
+        self.reload_weights(weights_iterator=unpack(bundle))
         retie(self.model_runner.get_model())
 
 
@@ -41,6 +43,7 @@ class AsyncEngine(VllmEngine):
     def __init__(self, model_dir: str, *, stop_token_ids: list[int], overrides: dict[str, Any]) -> None:
         super().__init__(model_dir, stop_token_ids=stop_token_ids, overrides=overrides)
         self._ids = itertools.count()
+        self._memory = Memory()
 
     def _import(self) -> None:
         from vllm.v1.engine import async_llm  # noqa: F401
@@ -76,19 +79,17 @@ class AsyncEngine(VllmEngine):
     async def _replace(
         self, named: Iterable[tuple[str, torch.Tensor]], *, version: int, keep_cache: bool
     ) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="rayllm-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
         try:
-            await asyncio.to_thread(_write, named, folder)
+            bundle = await asyncio.to_thread(pack, named, version=version, memory=self._memory)
+            header = dataclasses.replace(bundle, buffer=bundle.buffer[:0])
+            message = pickle.dumps((header, self._memory.place(), bundle.buffer.nbytes))
             await self._llm.pause_generation(mode="keep", clear_cache=not keep_cache)
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-            await self._llm.collective_rpc("retie")
+            await self._llm.collective_rpc("load_published", args=(message,))
             self.version = version
             await self._llm.update_weight_version(str(version))
             await self._llm.resume_generation()
         except Exception as error:  # the workers may have loaded a part
             raise _end_process(error) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     async def shutdown(self) -> None:
         self._llm.shutdown()
@@ -98,9 +99,3 @@ def _end_process(error: Exception) -> RuntimeError:
     """What to tell the caller; the process exits when it has been told."""
     threading.Timer(EXIT_GRACE_S, os._exit, (EXIT_CODE,)).start()
     return stopped(error)
-
-
-def _write(named: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in named}, folder / "model.safetensors")

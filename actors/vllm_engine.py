@@ -8,6 +8,7 @@ another. Only what is refused before it touches the engine raises to its caller 
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from abc import ABC, abstractmethod
@@ -114,10 +115,13 @@ class VllmEngine(ABC):
             raise ValueError(f"engine.{clash[0]} cannot be set: the rollout engine relies on its own value")
         set_environment()
         started = time.perf_counter()
+        gc.disable()  # what is imported stays: looking through it again and again takes a second or two
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         self._import()
+        gc.freeze()
+        gc.enable()
         self.import_seconds = time.perf_counter() - started
         started = time.perf_counter()
         args = {**default_engine_args(this_device()), **overrides, **self.fixed_args}
