@@ -67,7 +67,7 @@ def ppo_seconds(job: PPOConfig, roles: tuple[PlannedRole, ...], machine: Machine
         _phase("rollout", sampling, found, machine),
         _phase("score", scores, found, machine),
         _phase("update", updates, found, machine),
-        Phase("sync", roofline.sync_seconds(machine, engine.shape, dtype), "policy"),
+        Phase("sync", roofline.sync_seconds(machine, engine.shape, job.policy.learner, dtype), "policy"),
     )
     rollout, score, update, sync = (phase.seconds for phase in phases)
     turn = max(rollout, score + update) if job.max_policy_lag else rollout + score + update

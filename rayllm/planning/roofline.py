@@ -37,9 +37,6 @@ ALL_REDUCE_S = 20e-6
 SYNC_S = 0.1
 """Of a weight sync, beside moving the weights: calls, and the proof that they serve."""
 
-COPIES = 4
-"""Times that a thread copies the weights on their way to an engine: packed, stored, written, read."""
-
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -176,12 +173,21 @@ def _weights_read(shape: ModelShape, batch: float) -> float:
     return shape.layers * (shape.attention_parameters + mlp) + shape.vocab * shape.hidden
 
 
-def sync_seconds(machine: Machine, shape: ModelShape, engine_dtype: str) -> float:
-    """Of bringing the policy's weights to all engines, which read them at the same time, through host memory."""
-    bytes_ = shape.parameters * BYTES.get(engine_dtype, 2)
-    seconds = SYNC_S + COPIES * bytes_ / HOST_COPY
+def sync_seconds(machine: Machine, shape: ModelShape, learner: LearnerConfig, engine_dtype: str) -> float:
+    """Of bringing the policy's weights to all engines, which take them at the same time, through host memory.
+
+    One thread copies at each end: what is trained (with LoRA the adapters alone) off the learner into shared memory,
+    for other nodes into Ray's store, and whole weights into the engine.
+    """
+    size = BYTES.get(engine_dtype, 2)
+    whole = float(shape.parameters * size)
+    sent, read = whole, whole
+    if learner.lora.rank is not None:
+        sent = 4.0 * trained_parameters(shape, learner)[0]
+        read = 3 * whole  # the model folder is read, the adapters are added, the sum is loaded
+    seconds = SYNC_S + (sent + read) / HOST_COPY
     if machine.gpu is not None:
-        seconds += 2 * bytes_ / PCIE
+        seconds += (sent + whole) / PCIE
     if machine.nodes > 1:
-        seconds += bytes_ / (machine.network * NETWORK_EFFICIENCY)
+        seconds += sent / HOST_COPY + sent / (machine.network * NETWORK_EFFICIENCY)
     return seconds

@@ -9,7 +9,7 @@ import pytest
 from rayllm.config.common import LearnerConfig
 from rayllm.config.plan import ClusterConfig
 from rayllm.planning import roofline
-from rayllm.planning.hardware import GPUS, HOST_COPY, PCIE
+from rayllm.planning.hardware import HOST_COPY, PCIE
 from rayllm.planning.plan import machine_of
 from rayllm.planning.shapes import KNOWN
 
@@ -103,9 +103,18 @@ def test_a_core_computes_at_the_measured_rate():
 
 
 def test_weights_travel_through_host_memory():
-    bytes_ = LLAMA.parameters * 2
-    one_node = replace(H100, nodes=1)
-    expected = roofline.SYNC_S + roofline.COPIES * bytes_ / HOST_COPY + 2 * bytes_ / PCIE
-    assert roofline.sync_seconds(one_node, LLAMA, "bfloat16") == pytest.approx(expected)
-    assert roofline.sync_seconds(H100, LLAMA, "bfloat16") == pytest.approx(expected + bytes_ / (50e9 * 0.8))
-    assert GPUS["h100"].memory < GPUS["h200"].memory < GPUS["b200"].memory
+    whole = LLAMA.parameters * 2
+    one_node, plain = replace(H100, nodes=1), LearnerConfig()
+    expected = roofline.SYNC_S + 2 * whole / HOST_COPY + 2 * whole / PCIE
+    assert roofline.sync_seconds(one_node, LLAMA, plain, "bfloat16") == pytest.approx(expected)
+    elsewhere = expected + whole / HOST_COPY + whole / (50e9 * 0.8)
+    assert roofline.sync_seconds(H100, LLAMA, plain, "bfloat16") == pytest.approx(elsewhere)
+
+
+def test_adapters_travel_alone():
+    lora = LearnerConfig.model_validate({"lora": {"rank": 16}})
+    adapters = 4 * LLAMA.lora_parameters(16, None)
+    whole = LLAMA.parameters * 2
+    assert adapters < 0.02 * whole
+    expected = roofline.SYNC_S + (adapters + 3 * whole) / HOST_COPY + (adapters + whole) / PCIE
+    assert roofline.sync_seconds(replace(H100, nodes=1), LLAMA, lora, "bfloat16") == pytest.approx(expected)
