@@ -42,6 +42,7 @@ bench: install
 	  $(BIN)/python -m bench.sync --model $(BENCH)/$$size --json $(BENCH)/sync-$$size.json || exit 1; \
 	done
 	$(BIN)/python -m bench.overhead --json $(BENCH)/overhead.json
+	$(BIN)/python -m bench.plan $(BENCH)/ppo-lag0-*.json
 	$(BIN)/python -m bench.report $(BENCH) bench/RESULTS.md
 
 install: $(STAMP)

@@ -104,6 +104,7 @@ def summarize(events: list[dict[str, Any]], watch: ProcessWatch) -> dict[str, An
         "start_s": watch.marks[0].seconds,
         "first_step_done_s": watch.marks[1].seconds,
         "peak_memory_gib": {"total": sum(watch.peak.values()), **dict(sorted(watch.peak.items()))},
+        "own_memory_gib": dict(sorted(watch.own.items())),
         "steps": steps,
         "last_metrics": events[-1]["metrics"],
     }

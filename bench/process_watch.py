@@ -17,6 +17,10 @@ from actors.reward_source import SourceActor
 from bench.figures import GIB
 
 POLL_S = 0.02
+PAGE = 4096
+LOOK_FOR_NEW_S = 1.0
+"""Between two looks for processes that have started since."""
+
 MEMORY_SHARE = 0.02
 """Most of one core that looking at the memory may cost."""
 
@@ -48,6 +52,10 @@ class ProcessWatch:
     """Kind of process -> GiB at the moment when all of them together took most. Proportional set size: pages that
     several processes share are counted once."""
 
+    own: dict[str, float] = field(default_factory=dict)
+    """Kind of process -> GiB that one process of it had for itself (resident, less what is shared) at its own worst
+    moment."""
+
     def __enter__(self) -> Self:
         self._began = time.monotonic()
         self._stop = threading.Event()
@@ -69,8 +77,13 @@ class ProcessWatch:
         return used
 
     def _run(self) -> None:
-        next_look = 0.0
+        next_look = next_kinds = 0.0
+        kinds: dict[int, str] = {}
         while not self._stop.wait(POLL_S):
+            if time.monotonic() >= next_kinds:
+                kinds = self._kinds()
+                next_kinds = time.monotonic() + LOOK_FOR_NEW_S
+            self._look_at_own(kinds)
             if self._lines() > len(self.marks):
                 mark = Mark(time.monotonic() - self._began, self._cpu())
                 self.marks += [mark] * (self._lines() - len(self.marks))
@@ -104,6 +117,20 @@ class ProcessWatch:
                 now[kind] = now.get(kind, 0.0) + process.memory_full_info().pss / GIB
         if sum(now.values()) > sum(self.peak.values()):
             self.peak = now
+
+    def _kinds(self) -> dict[int, str]:
+        found = {}
+        for process in self._tree():
+            with suppress(psutil.Error):
+                found[process.pid] = self._kind(process)
+        return found
+
+    def _look_at_own(self, kinds: dict[int, str]) -> None:
+        """One short file a process: cheap enough to see what lasts a tenth of a second."""
+        for pid, kind in kinds.items():
+            with suppress(OSError):
+                _, resident, shared, *_ = Path(f"/proc/{pid}/statm").read_text().split()
+                self.own[kind] = max(self.own.get(kind, 0.0), (int(resident) - int(shared)) * PAGE / GIB)
 
     def _kind(self, process: psutil.Process) -> str:
         """The actor's class, its child processes counted in; "driver" for the root, "ray" for what else Ray runs."""

@@ -57,6 +57,7 @@ COMMANDS = {
     "serve": Command("serve", "serve:ServeConfig", "serve a model as an OpenAI-compatible chat API"),
     "chat": Command("chat", "chat:ChatConfig", "talk to a served model in the terminal"),
     "pipeline": Command("pipeline", "pipeline:PipelineConfig", "everything above up to evaluate, then a report"),
+    "plan": Command("plan", "plan:PlanConfig", "what a run needs on a cluster: memory, seconds, the nearest fit"),
 }
 
 
@@ -111,6 +112,13 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
         config: Any = loaded.config
         explain(config, console)
         return 0
+    if parsed.json and name != "plan":
+        raise InputError(f"--json: for `rayllm plan` only, got {name}")
+    if name == "plan":
+        from jobs.plan import plan
+
+        planned: Any = loaded
+        return plan(planned, console, address=parsed.address, to_json=parsed.json)
     if parsed.address:
         from jobs.submit import submit
 
@@ -154,13 +162,14 @@ def parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--address")
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("--explain", action="store_true")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("overrides", nargs="*")
     try:
         parsed, unknown = parser.parse_known_intermixed_args(list(arguments))
     except argparse.ArgumentError as error:
         raise InputError(f"{name}: {error}") from None
     if unknown:
-        known = "--config FILE, --address URL, --explain, -v, --help, key=value"
+        known = "--config FILE, --address URL, --explain, --json, -v, --help, key=value"
         raise InputError(f"{unknown[0]}: unknown option. Known: {known}")
     return parsed
 
@@ -178,6 +187,7 @@ def print_overview(console: Console) -> None:
         "\n  --config FILE   settings as YAML; of several files later ones win, and key=value wins over all\n"
         "  --address URL   run as a Ray job on the cluster with this dashboard, e.g. http://HEAD:8265\n"
         "  --explain       ppo: the arithmetic of its batches as a table; starts nothing\n"
+        "  --json          plan: as one JSON object\n"
         "  -v              show what Ray, vLLM and DeepSpeed print\n\n"
         "rayllm COMMAND --help lists every setting. Start with:\n"
         "  rayllm pipeline --config jobs/configs/quickstart.yaml",

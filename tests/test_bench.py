@@ -40,6 +40,7 @@ def test_a_run_leaves_complete_figures(tiny_model_dir, tmp_path, monkeypatch):
     memory = result["peak_memory_gib"]
     assert kinds == set(result["cpu_seconds_per_step"]) == set(memory) - {"total"}
     assert math.isclose(memory.pop("total"), sum(memory.values())) and min(memory.values()) > 0.01
+    assert kinds <= set(result["own_memory_gib"]) and min(result["own_memory_gib"].values()) > 0
     last = result["last_metrics"]
     assert last["response/length_mean"] == NEW_TOKENS and last["response/stop_rate"] == 0
     assert 0 < last["objective/rewards"] <= 1 and 0 < last["eval/rewards"] <= 1

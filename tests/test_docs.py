@@ -27,6 +27,7 @@ RUN_BY = {
     ".venv/bin/rayllm ppo --config runs/quickstart/ppo/config.yaml --config jobs/configs/grpo.yaml": ".ci/run",
     "ray job submit --address http://HEAD:8265": "tests/jobs/test_pipeline.py",
     "rayllm sft --config my-sft.yaml --address": "tests/jobs/test_pipeline.py",
+    ".venv/bin/rayllm plan --config docs/plan-8b.yaml": "tests/jobs/test_plan.py",
 }
 """Beginning of a command -> the file that runs it."""
 
