@@ -38,6 +38,8 @@ class Command:
     module: str
     config: str
     summary: str
+    words: tuple[str, ...] = ()
+    """Keys whose values may be given without their names, in this order."""
 
     def config_class(self) -> type[Config]:
         module, name = self.config.split(":")
@@ -56,6 +58,9 @@ COMMANDS = {
     "evaluate": Command("evaluate", "evaluate:EvaluateConfig", "all models side by side on held-out prompts"),
     "serve": Command("serve", "serve:ServeConfig", "serve a model as an OpenAI-compatible chat API"),
     "chat": Command("chat", "chat:ChatConfig", "talk to a served model in the terminal"),
+    "lineage": Command("lineage", "lineage:LineageConfig", "where a model came from, down to the text", ("model",)),
+    "verify": Command("verify", "verify:VerifyConfig", "whether a model's files are those written", ("model",)),
+    "export": Command("export", "export:ExportConfig", "a folder for the hub, with a model card", ("model", "out")),
     "pipeline": Command("pipeline", "pipeline:PipelineConfig", "everything above up to evaluate, then a report"),
 }
 
@@ -162,7 +167,16 @@ def parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         known = "--config FILE, --address URL, --explain, -v, --help, key=value"
         raise InputError(f"{unknown[0]}: unknown option. Known: {known}")
+    parsed.overrides = name_words(parsed.overrides, find_command(name).words)
     return parsed
+
+
+def name_words(overrides: Sequence[str], names: Sequence[str]) -> list[str]:
+    """``key=value`` for each word: the n-th without ``=`` is the value of the n-th name."""
+    left, named = list(names), []
+    for word in overrides:
+        named.append(f"{left.pop(0)}={word}" if left and "=" not in word else word)
+    return named
 
 
 def print_overview(console: Console) -> None:
@@ -188,9 +202,9 @@ def print_overview(console: Console) -> None:
 def print_command_help(console: Console, name: str, command: Command) -> None:
     """Every field with its type, default and docstring."""
     console.print(f"[bold]rayllm {name}[/bold]: {command.summary}\n", highlight=False)
-    console.print(
-        f"usage: rayllm {name} \\[--config FILE] \\[key=value ...] \\[--address URL] \\[-v]\n", highlight=False
-    )
+    words = "".join(f"{word.upper()} " for word in command.words)
+    usage = f"usage: rayllm {name} {words}\\[--config FILE] \\[key=value ...] \\[--address URL] \\[-v]\n"
+    console.print(usage, highlight=False)
     for key, kind, default, doc in describe_fields(command.config_class()):
         console.print(f"  [bold cyan]{key}[/bold cyan]  [dim]{escape(kind)}, {escape(default)}[/dim]", highlight=False)
         if doc:

@@ -47,7 +47,7 @@ def run(loaded: Loaded[LabelConfig], console: Console, *, verbose: bool = False)
         metrics: dict[str, float] = {}
         with ray_session(job.logs_dir, verbose=verbose):
             role = rollout_role(config.rollout)
-            check_capacity([role])
+            check_capacity([role], config.placement.wait_s, console.print)
             print_preamble(console, job, placement=describe([role]))
             actors = start_rollout_actors(config.rollout, config.model, seed=config.seed)
             total = sum(len(prompts) for prompts in data.values())

@@ -126,7 +126,7 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
             trained["critic"] = plan_trained(config.critic_start, config.critic.learner, scalar=True)
         with ray_session(job.logs_dir, verbose=verbose):
             needs = Roles.needs(config)
-            check_capacity(needs)
+            check_capacity(needs, config.placement.wait_s, console.print)
             print_preamble(console, job, placement=describe(needs), trained=trained)
             with Progress(console, "ppo", config.num_steps) as progress:
                 progress.status(f"starting {', '.join(role.name for role in needs)}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
@@ -40,6 +42,8 @@ def submit(
     Raises:
         InputError: no cluster answers there, or it refuses the token.
     """
+    if "run_dir" not in type(config).model_fields:
+        raise InputError(f"--address: {module} is no job with an end; docs/cluster.md says how to serve on a cluster")
     if not (Path.cwd() / "jobs" / "cli.py").is_file():
         raise InputError("--address: run it from the root of the rayllm checkout, which is shipped to the cluster")
     try:
@@ -50,12 +54,15 @@ def submit(
             runtime_env={"working_dir": ".", "excludes": EXCLUDED},
             metadata={"rayllm": module},
         )
+    except AuthenticationError as error:
+        raise InputError(f"--address: {address} {_explain_refusal(error)}") from None
     except (ConnectionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         if "No available agent" in reason:  # Ray goes on without it when its fixed port is taken
             reason += "; is port 52365 taken there? `ray start --head --dashboard-agent-listen-port=PORT` uses another"
         raise InputError(f"--address: {address} did not take the job: {reason}") from None
-    console.print(f"[dim]job {job_id} on {address}; `ray job stop {job_id} --address {address}` stops it[/dim]")
+    console.print(f"[dim]job {job_id} on {address}; Ctrl-C stops it, and so does[/dim]", highlight=False)
+    console.print(f"[dim]  ray job stop --address {address} {job_id}[/dim]", highlight=False, soft_wrap=True)
     try:
         asyncio.run(_follow(client, job_id, console))
     except KeyboardInterrupt:
@@ -74,6 +81,14 @@ def _submit_when_ready(client: JobSubmissionClient, **job: Any) -> str:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(1)
+
+
+def _explain_refusal(error: AuthenticationError) -> str:
+    if os.environ.get("RAY_AUTH_MODE") != "token":  # Ray sends no token then, even where one lies in its place
+        return "takes jobs only with its token: RAY_AUTH_MODE is not set here; export RAY_AUTH_MODE=token"
+    if "Invalid" in str(error):
+        return "does not know this token; put the cluster's own into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    return "takes jobs only with its token: put it into ~/.ray/auth_token or RAY_AUTH_TOKEN"
 
 
 async def _follow(client: JobSubmissionClient, job_id: str, console: Console) -> None:

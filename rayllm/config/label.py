@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rayllm.config.base import Config
-from rayllm.config.common import JobConfig
+from rayllm.config.common import JobConfig, PlacementConfig
 
 
 class RolloutConfig(Config):
@@ -67,3 +67,4 @@ class LabelConfig(JobConfig):
     other as often as people do."""
 
     rollout: RolloutConfig = RolloutConfig()
+    placement: PlacementConfig = PlacementConfig()

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import model_validator
 
 from rayllm.config.base import Config, merge
+from rayllm.config.common import PlacementConfig
 from rayllm.config.evaluate import EvaluateConfig
 from rayllm.config.label import LabelConfig
 from rayllm.config.ppo import PPOConfig
@@ -59,6 +60,9 @@ class PipelineConfig(Config):
     seed: int = 0
     """Seed of every stage that names none."""
 
+    placement: PlacementConfig = PlacementConfig()
+    """Of every stage that names none."""
+
     world: WorldConfig
     tokenizer: TokenizerConfig
     pretrain: PretrainConfig
@@ -83,6 +87,8 @@ class PipelineConfig(Config):
             usual = {
                 "run_dir": str(root / stage), "seed": tree.get("seed", 0), "overwrite": True, **_below(root, inputs)
             }
+            if "placement" in cls.model_fields[stage].annotation.model_fields:  # type: ignore[union-attr]
+                usual["placement"] = tree.get("placement") or {}
             if stage == "sft" and given.get("replay"):
                 usual["replay"] = {"documents": str(root / "world/documents.parquet")}
             wired[stage] = merge(usual, given)

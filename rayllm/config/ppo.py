@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from rayllm.config.common import CheckpointConfig, JobConfig, OptimizerConfig
+from rayllm.config.common import CheckpointConfig, JobConfig, OptimizerConfig, PlacementConfig
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.rl import (
     AlgorithmConfig,
@@ -66,6 +66,7 @@ class PPOConfig(JobConfig):
     reference: ReferenceConfig = ReferenceConfig()
     reward: RewardActorsConfig = RewardActorsConfig()
     rollout: PPORolloutConfig = PPORolloutConfig()
+    placement: PlacementConfig = PlacementConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
 
