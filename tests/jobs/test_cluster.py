@@ -29,6 +29,7 @@ FAKE_HEAD_ID = "f" * 51 + "00000"
 
 @dataclass(frozen=True)
 class Cluster:
+    gcs: str
     dashboard: str
     env: dict[str, str]
     """Of a client that may use it."""
@@ -82,7 +83,7 @@ def start_head(folder: Path, gcs: int, *options: str, **changes: str) -> Iterato
         head = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env={**env, "RAY_JOB_STOP_WAIT_TIME_S": "60", **changes}
         )
-    cluster = Cluster(f"http://127.0.0.1:{dashboard}", env)
+    cluster = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
 
     def answers() -> bool:
         assert head.poll() is None, (folder / "head.log").read_text()
@@ -143,9 +144,23 @@ def test_without_the_token_a_job_is_refused(cluster, tiny_run, tmp_path, changes
     assert not (tmp_path / "run").exists()
 
 
-def test_ray_itself_is_refused_without_the_token(cluster):
-    listed = cluster.ray("job", "list", RAY_AUTH_TOKEN="0" * 64)
-    assert listed.returncode != 0 and "Forbidden" in listed.stdout + listed.stderr
+def test_a_driver_is_refused_without_the_token(cluster, tiny_run, tmp_path):
+    source, _ = tiny_run
+    env = cluster.env | {"RAY_ADDRESS": cluster.gcs, "RAY_AUTH_TOKEN": "0" * 64}
+    done = rayllm("sft", "--config", source / "sft/config.yaml", f"run_dir={tmp_path / 'run'}", env=env)
+    assert done.returncode == 2 and "export RAY_AUTH_MODE=token" in " ".join(done.stdout.split()), done.stdout
+
+
+def test_the_docs_way_to_a_token(cluster, tmp_path):
+    env = environment(tmp_path / "home") | {"RAY_AUTH_MODE": "token"}
+    path = tmp_path / "home/.ray/auth_token"
+    made = subprocess.run([str(BIN / "ray"), "get-auth-token", "--generate"], capture_output=True, text=True, env=env)
+    assert made.returncode == 0 and path.read_text().strip() in made.stdout
+    path.chmod(0o600)
+    command = [str(BIN / "ray"), "job", "list", "--address", cluster.dashboard]
+    assert subprocess.run(command, capture_output=True, env=env).returncode != 0  # it is not the cluster's
+    path.write_text(TOKEN)
+    assert subprocess.run(command, capture_output=True, env=env).returncode == 0
 
 
 def test_the_entry_points_work_under_ray_job_submit(cluster, tiny_run, tmp_path):
