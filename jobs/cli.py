@@ -117,10 +117,13 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
         explain(config, console)
         return 0
     if parsed.address:
-        from jobs.submit import submit
+        from jobs.submit import submit, submit_stages
+        from rayllm.config.pipeline import PipelineConfig
 
-        given = [word for path in parsed.config for word in ("--config", str(path))]
-        return submit(command.module, [*given, *parsed.overrides], loaded.config, parsed.address, console)
+        given = [word for path in parsed.config for word in ("--config", str(path))] + parsed.overrides
+        if isinstance(loaded.config, PipelineConfig):
+            return submit_stages(given, loaded.config, parsed.address, console)
+        return submit(command.module, given, loaded.config, parsed.address, console)
     signal.signal(signal.SIGTERM, _terminate)
     if any(is_on_hub(path) for path in config_inputs(loaded.config).values()):
         from rayllm.models.hub import fetch_models

@@ -14,9 +14,12 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
+from rayllm.config.pipeline import PipelineConfig
 from rayllm.errors import InputError
 
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+FINAL = (0, 2, 130, 143)
+"""Exit statuses that another attempt would not change: done, wrong input, stopped."""
 READY_TIMEOUT_S = 60
 EXCLUDED = [".git", ".venv", "runs", "**/__pycache__"]
 
@@ -69,6 +72,26 @@ def submit(
         client.stop_job(job_id)
         raise
     return _exit_status(client, job_id)
+
+
+def submit_stages(arguments: Sequence[str], config: PipelineConfig, address: str, console: Console) -> int:
+    """A pipeline as one Ray job a stage, one after the other. Stages that are done say so and end at once.
+
+    A stage that fails is submitted again, ``config.retries`` times. Wrong input and a stop end the pipeline.
+
+    Returns:
+        0, or the exit status of the stage that ended it.
+    """
+    for stage in config.stages:
+        for attempt in range(1, config.retries + 2):
+            status = submit("pipeline", [*arguments, f"stages=[{stage}]"], config, address, console)
+            if status in FINAL:
+                break
+            attempts = f"attempt {attempt} of {config.retries + 1}"
+            console.print(f"{stage}: {attempts} failed with status {status}", highlight=False)
+        if status:
+            return status
+    return 0
 
 
 def _submit_when_ready(client: JobSubmissionClient, **job: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayllm.config.base import Config, merge
 from rayllm.config.common import PlacementConfig
@@ -63,6 +63,12 @@ class PipelineConfig(Config):
     placement: PlacementConfig = PlacementConfig()
     """Of every stage that names none."""
 
+    stages: tuple[str, ...] = tuple(WIRING)
+    """The stages to run, of those below; the others must be done already where they are needed."""
+
+    retries: int = Field(1, ge=0)
+    """With --address: how often a stage that failed is submitted again. It continues from its last checkpoint."""
+
     world: WorldConfig
     tokenizer: TokenizerConfig
     pretrain: PretrainConfig
@@ -71,6 +77,14 @@ class PipelineConfig(Config):
     reward_model: RewardModelConfig
     ppo: PPOConfig
     evaluate: EvaluateConfig
+
+    @field_validator("stages")
+    @classmethod
+    def _known(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [stage for stage in stages if stage not in WIRING]
+        if unknown or not stages:
+            raise ValueError(f"expected some of {', '.join(WIRING)}")
+        return tuple(stage for stage in WIRING if stage in stages)
 
     @model_validator(mode="before")
     @classmethod

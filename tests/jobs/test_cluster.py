@@ -20,7 +20,7 @@ import pytest
 import yaml
 from ray.job_submission import JobSubmissionClient
 
-from tests.jobs.conftest import ROOT, rayllm
+from tests.jobs.conftest import ROOT, TINY, rayllm
 
 BIN = Path(sys.executable).parent
 TOKEN = "7e57" * 16
@@ -215,6 +215,29 @@ def test_a_job_that_waits_says_for_what_and_ctrl_c_ends_it(cluster, tiny_run, tm
     assert client.returncode == 130
     wait_for(lambda: record(tmp_path / "run")["status"] == "stopped", 60)
     wait_for(lambda: not [job for job in jobs(cluster) if job.status == "RUNNING"], 60)
+
+
+def test_a_pipeline_is_a_job_a_stage_and_a_killed_stage_is_tried_again(cluster, tiny_run, tmp_path):
+    source, _ = tiny_run
+    run_dir = tmp_path / "run"
+    for stage in ("world", "tokenizer"):
+        shutil.copytree(source / stage, run_dir / stage)
+    before = {job.submission_id for job in jobs(cluster)}
+    arguments = ["pipeline", "--config", str(TINY), f"run_dir={run_dir}", "stages=[tokenizer,pretrain]"]
+    client = follow(cluster, *arguments, "pretrain.num_steps=200", "pretrain.checkpoint.every_steps=20")
+    wait_for(lambda: any((run_dir / "pretrain/checkpoints").glob("step-*")) or client.poll() is not None, 300)
+    assert client.poll() is None, client.communicate()[0]
+    killed = [p for p in psutil.process_iter(["cmdline"]) if "stages=[pretrain]" in (p.info["cmdline"] or [])]
+    assert killed
+    for process in killed:
+        process.kill()
+    output, _ = client.communicate(timeout=300)
+    assert client.returncode == 0, output
+    assert "1/1 tokenizer: unchanged, skipped" in output
+    assert "pretrain: attempt 1 of 2 failed" in output and "resumes in" in output
+    assert record(run_dir / "pretrain")["status"] == "done"
+    new = [job for job in jobs(cluster) if job.submission_id not in before]
+    assert sorted(job.status for job in new) == ["FAILED", "SUCCEEDED", "SUCCEEDED"]
 
 
 def jobs(cluster: Cluster) -> list:
