@@ -46,7 +46,7 @@ def submit(
         InputError: no cluster answers there, or it refuses the token.
     """
     if "run_dir" not in type(config).model_fields:
-        raise InputError(f"--address: {module} is no job with an end; docs/cluster.md says how to serve on a cluster")
+        raise InputError(f"--address: {module} runs where you are; docs/cluster.md says how to serve on a cluster")
     if not (Path.cwd() / "jobs" / "cli.py").is_file():
         raise InputError("--address: run it from the root of the rayllm checkout, which is shipped to the cluster")
     try:

@@ -231,6 +231,8 @@ def test_the_dockerfile_is_clean_and_copies_what_exists():
     sources = re.findall(r"^COPY --chown=\S+ (.+) \S+$", (CLUSTER / "Dockerfile").read_text(), flags=re.M)
     named = [word for line in sources for word in line.split()]
     assert named and all((ROOT / word).exists() for word in named)
+    sent = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
+    assert sorted(named) == sorted(word[1:] for word in sent if word.startswith("!"))
 
 
 def test_placeholders_are_told():
