@@ -18,8 +18,10 @@ from rayllm.config.pipeline import PipelineConfig
 from rayllm.errors import InputError
 
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
-FINAL = (0, 2, 130, 143)
+FAILED, STOPPED = 1, 143
+FINAL = (0, 2, STOPPED)
 """Exit statuses that another attempt would not change: done, wrong input, stopped."""
+
 READY_TIMEOUT_S = 60
 EXCLUDED = [".git", ".venv", "runs", "**/__pycache__"]
 
@@ -125,4 +127,6 @@ def _exit_status(client: JobSubmissionClient, job_id: str) -> int:
     info = client.get_job_info(job_id)
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    return int(info.driver_exit_code or 1)
+    if info.status == JobStatus.STOPPED:
+        return STOPPED
+    return int(info.driver_exit_code or FAILED)

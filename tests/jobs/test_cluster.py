@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,10 +74,11 @@ def environment(home: Path) -> dict[str, str]:
 def start_head(folder: Path, gcs: int, *options: str, **changes: str) -> Iterator[Cluster]:
     """`ray start --head` with token authentication; ends with all its processes."""
     dashboard, agent = free_ports(2)
+    short = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # paths of sockets must be short
     env = {**environment(folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}",
-        f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}/ray", "--disable-usage-stats",
+        f"--dashboard-agent-listen-port={agent}", f"--temp-dir={short}", "--disable-usage-stats",
         *options,
     ]  # fmt: skip
     with (folder / "head.log").open("w") as out:
@@ -103,6 +105,7 @@ def start_head(folder: Path, gcs: int, *options: str, **changes: str) -> Iterato
         head.wait(timeout=60)
         for process in psutil.wait_procs(started, timeout=10)[1]:
             process.kill()
+        shutil.rmtree(short, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
