@@ -22,7 +22,7 @@ from rayllm.lineage import content_id, read_manifest
 from rayllm.report.run import read_run
 from rayllm.report.terminal import shown_path
 
-BOX = (250, 46)
+BOX = (270, 46)
 GAP = (16, 44)
 """Width and height of a box of the picture and of the space between two, in pixels."""
 
