@@ -38,6 +38,9 @@ bench: install
 	      --json $(BENCH)/$$1-lag$$2-$$size-$$round.json $(ARGS) || exit 1; \
 	  done; \
 	done; done
+	for size in 1m 10m; do \
+	  $(BIN)/python -m bench.sync --model $(BENCH)/$$size --json $(BENCH)/sync-$$size.json || exit 1; \
+	done
 	$(BIN)/python -m bench.overhead --json $(BENCH)/overhead.json
 	$(BIN)/python -m bench.report $(BENCH) bench/RESULTS.md
 

@@ -10,6 +10,7 @@ CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # two OpenMP threads on two busy cores were 6 times slower than one
     "OMP_WAIT_POLICY": "PASSIVE",
     "DS_ACCELERATOR": "cpu",
+    "TORCHDYNAMO_DISABLE": "1",  # DeepSpeed's import and vLLM's sampler compile: seconds, for nothing on CPU
 }
 
 COMMON_ENV = {

@@ -37,6 +37,12 @@ def engine_dtype(config: RolloutConfig) -> str:
     return str({**defaults, **config.engine}["dtype"])
 
 
+def engine_workers(config: RolloutConfig) -> int:
+    """Processes of one engine that hold a part of the weights each."""
+    sizes = [config.engine.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
+    return int(sizes[0] * sizes[1])
+
+
 def probe_tolerance(*dtypes: str) -> float:
     """Nats by which two computations of the probe's log-probabilities may differ on average. Random tokens are
     improbable, and half precision is coarse there: 0.06 was seen on a model of 135M."""
@@ -81,8 +87,10 @@ class Dispatcher:
             tokens: of each piece, prompts and longest responses.
         """
         references: dict[int, ray.ObjectRef] = {}
+        loads = [sum(self._unfinished(rank).values()) for rank in range(len(self.group))]
         for index in sorted(range(len(work)), key=lambda index: -tokens[index]):
-            rank = self._least_loaded()
+            rank = loads.index(min(loads))
+            loads[rank] += tokens[index]
             (references[index],) = self.group.submit(method, work[index], rank=rank, **arguments)
             self._open[rank][references[index]] = tokens[index]
         return [references[index] for index in range(len(work))]
@@ -95,9 +103,6 @@ class Dispatcher:
     def num_unfinished(self) -> int:
         """Calls under way."""
         return sum(len(self._unfinished(rank)) for rank in range(len(self.group)))
-
-    def _least_loaded(self) -> int:
-        return min(range(len(self.group)), key=lambda rank: (sum(self._unfinished(rank).values()), rank))
 
     def _unfinished(self, rank: int) -> dict[ray.ObjectRef, int]:
         calls = self._open[rank]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 
 from actors.learner import LearnerActor
+from actors.publishing import Published, Publisher
 from actors.scoring import mean_nats
-from actors.weights import pack
+from actors.weight_group import Seat, WeightGroup
+from actors.weights import ADAPTER_A, ADAPTER_B
 from rayllm.algorithms.advantages import masked_moments, whiten
 from rayllm.algorithms.kl import kl_estimate
 from rayllm.algorithms.logprobs import token_entropy, token_logprobs
@@ -31,6 +34,7 @@ from rayllm.data.experience import Experience, concat
 from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
 from rayllm.models.loading import DTYPES, load_causal_lm, load_tokenizer, save_model
+from rayllm.models.partial import adapters
 
 
 class PolicyActor(LearnerActor):
@@ -45,16 +49,23 @@ class PolicyActor(LearnerActor):
         """
         super().__init__(rank=rank, world_size=world_size, config=config, role=config.policy)
         self.estimator = config.algorithm.estimator
+        self._publisher = Publisher()
+        self._weight_group: WeightGroup | None = None
         self.ptx: PackedRows | None = None
         if ptx_tokens is not None:
             tokens = np.load(ptx_tokens, mmap_mode="r")
             ptx = config.ptx
             self.ptx = PackedRows(tokens, ptx.sequence_length, ptx.batch_size, seed=config.seed)
 
-    def setup(self, address: tuple[str, int]) -> None:
-        """Join the ranks and load the model."""
+    def setup(self, address: tuple[str, int]) -> float:
+        """Join the ranks and load the model; returns the seconds of it that DeepSpeed took."""
+        began = time.perf_counter()
         self.join(address)
-        self.engine = Engine(load_causal_lm(self.config.model), self.role.optimizer, self.role.learner)
+        joined = time.perf_counter()
+        model = load_causal_lm(self.config.model)
+        loaded = time.perf_counter()
+        self.engine = Engine(model, self.role.optimizer, self.role.learner)
+        return joined - began + time.perf_counter() - loaded
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats under the weights before this step's update, at the sampling temperature."""
@@ -299,18 +310,47 @@ class PolicyActor(LearnerActor):
         sequences = torch.tensor([token_ids], device=self.engine.device)
         return token_logprobs(self.engine(input_ids=sequences).logits, sequences)[0, 1:].tolist()
 
-    def publish_weights(self, version: int, *, dtype: str | None = None) -> list[ray.ObjectRef]:
-        """Put the full weights into the object store; rank 0 returns their reference in a list, others an empty one.
+    def publish_weights(
+        self, version: int, *, dtype: str | None = None, nodes: Collection[str] | None = None
+    ) -> Published | None:
+        """Let others read what is trained: all weights, or with LoRA the adapters alone. Rank 0 tells where they lie;
+        every rank must be called.
 
-        ``dtype``, a name in `DTYPES`, casts them on the way: half the bytes for an engine that holds half of them.
-
-        The list keeps Ray from fetching the weights on the way through the driver.
+        Args:
+            version: number of updates in them.
+            dtype: a name in `DTYPES` to cast whole weights to: half the bytes for an engine that holds half of them.
+            nodes: where the readers live; None: anywhere.
         """
+        if self.config.policy.learner.lora.rank is None:
+            tensors, scaling = self.engine.named_tensors(), None
+        else:
+            tensors = self._adapter_tensors()
+            scaling = {name: adapter.scaling for name, adapter in adapters(self.engine.module).items()}
+            dtype = None
         if self.rank == 0:
-            return [ray.put(pack(self.engine.named_tensors(), version=version, dtype=DTYPES.get(dtype)))]
-        for _ in self.engine.named_tensors():  # ZeRO-3 gathers on all ranks
+            return self._publisher.publish(
+                tensors, version=version, dtype=DTYPES.get(dtype), scaling=scaling, nodes=nodes
+            )
+        for _ in tensors:  # ZeRO-3 gathers on all ranks
             continue
-        return []
+        return None
+
+    def join_engines(self, seat: Seat) -> None:
+        """Meet the engines in a `WeightGroup`."""
+        self._weight_group = WeightGroup(seat, self.engine.device)
+
+    def send_weights(self, *, dtype: str) -> None:
+        """Send all weights, adapters merged, to the engines that this rank has joined; every rank must be called."""
+        tensors = self.engine.named_tensors()
+        if self._weight_group is not None:
+            self._weight_group.send(tensors, dtype=DTYPES[dtype])
+        for _ in tensors:  # ZeRO-3 gathers on all ranks
+            continue
+
+    def _adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, adapter in self.engine.named_adapters():
+            yield name + ADAPTER_A, adapter.a.detach().clone()
+            yield name + ADAPTER_B, adapter.b.detach().clone()
 
     def export(self, folder: str) -> None:
         """Write the model folder (rank 0; every rank must be called)."""

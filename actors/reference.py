@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ray
 import torch
 
 from actors.environment import device_of
+from actors.publishing import Published
 from actors.scoring import mean_nats, per_token
 from actors.weights import unpack
 from rayllm.algorithms.logprobs import token_logprobs
@@ -30,14 +30,10 @@ class ReferenceActor:
         return per_token(shard, self.micro_batch_size, self.device, self._logprobs)
 
     @torch.no_grad()
-    def move(self, weights: list[ray.ObjectRef], *, ema: float) -> None:
-        """Towards the policy: ``ema`` times these weights plus ``1 - ema`` times the policy's.
-
-        Args:
-            weights: a list with the one reference to a `WeightBundle`.
-        """
+    def move(self, weights: Published, *, ema: float) -> None:
+        """Towards the policy: ``ema`` times these weights plus ``1 - ema`` times the policy's."""
         own = dict(self.model.named_parameters())
-        for name, tensor in unpack(ray.get(weights[0])):
+        for name, tensor in unpack(weights.fetch()):
             own[name].lerp_(tensor.to(own[name]), 1 - ema)
 
     def save(self, folder: str) -> None:

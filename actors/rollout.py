@@ -12,14 +12,18 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
+import numpy as np
 import torch
 
 from actors.conversation import Conversations
+from actors.publishing import Published, this_node
 from actors.seeds import sample_seed
 from actors.vllm_engine import Request, make_engine, set_environment
-from actors.weights import WeightBundle, read_safetensors, safetensors_shapes, unpack, verify
+from actors.weight_group import Seat
+from actors.weights import WeightBundle, merged, read_safetensors, safetensors_shapes, unpack, verify
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.data.experience import Experience
 from rayllm.data.files import Row
@@ -36,11 +40,19 @@ class RolloutInfo(TypedDict):
     """What a run report or a test asks of a live actor."""
 
     pid: int
+    node: str
     import_seconds: float
     init_seconds: float
     omp_num_threads: int
     rss_bytes: int
     max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Weights that the learner sends through the group that it and the engines have joined."""
+
+    version: int
 
 
 class RolloutActor:
@@ -74,7 +86,8 @@ class RolloutActor:
         from rayllm.models.loading import load_tokenizer
 
         tokenizer = load_tokenizer(model_dir)
-        self._seed, self._timeout_s = seed, timeout_s
+        self._model_dir, self._seed, self._timeout_s = model_dir, seed, timeout_s
+        self._proof: asyncio.Task[None] | None = None
         self._pad_token_id = int(tokenizer.pad_token_id)
         self._prompts: list[Any] = []
         self._order: PromptStream
@@ -124,6 +137,7 @@ class RolloutActor:
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
             )
+            await self.proved()
         return [
             Rollout(
                 prompt_id=prompt_id,
@@ -170,7 +184,9 @@ class RolloutActor:
         ]
         try:
             async with self._deadline(len(tasks)):
-                return await asyncio.gather(*tasks)
+                rollouts = await asyncio.gather(*tasks)
+                await self.proved()
+                return rollouts
         finally:
             for task in tasks:
                 task.cancel()
@@ -234,44 +250,81 @@ class RolloutActor:
         found = dict(zip(unique, rollouts, strict=True))
         return collate([found[i] for i in shard.prompt_ids.tolist()], pad_token_id=self._pad_token_id)
 
+    async def join(self, seat: Seat) -> None:
+        """Meet the learner in a `WeightGroup`; the seat is that of this engine's first worker."""
+        await self._engine.join(seat)
+
     async def update_weights(
-        self, bundle: WeightBundle | list[Awaitable[WeightBundle]], *, keep_cache: bool = False
+        self, weights: Published | WeightBundle | Sent, *, keep_cache: bool = False
     ) -> int:
         """Replace the weights between two engine steps and drop the prefix cache; returns their version.
 
         Responses under way go on with the new weights; each token tells the version that sampled it.
 
         Args:
-            bundle: the weights, or a list with the one ``ObjectRef`` that holds them.
+            weights: all of them, or adapters of the model folder's; or word that they come through the group.
             keep_cache: as in ``VllmEngine.update``.
 
         Raises:
-            RuntimeError: the bundle is damaged, lacks a tensor of the checkpoint, has one too many or one of
-                another shape. The old weights go on serving.
+            RuntimeError: the weights are damaged, lack a tensor of the checkpoint, have one too many or one of
+                another shape. The old ones go on serving.
         """
-        if isinstance(bundle, list):
-            (reference,) = bundle
-            bundle = await reference
+        if isinstance(weights, Sent):
+            return await self._engine.receive(version=weights.version, keep_cache=keep_cache)
+        bundle = weights if isinstance(weights, WeightBundle) else await asyncio.to_thread(weights.fetch)
         await asyncio.to_thread(verify, bundle)
-        return await self._engine.update(
-            unpack(bundle), bundle.shapes(), version=bundle.version, keep_cache=keep_cache
-        )
+        if bundle.scaling:
+            tensors, shapes = merged(bundle, self._model_dir), safetensors_shapes(self._model_dir)
+        else:
+            tensors, shapes = unpack(bundle), bundle.shapes()
+        return await self._engine.update(tensors, shapes, version=bundle.version, keep_cache=keep_cache)
 
     async def sync(
         self,
-        bundle: WeightBundle | list[Awaitable[WeightBundle]],
+        weights: Published | WeightBundle | Sent,
         *,
         probe: list[int],
+        expected: list[Awaitable[list[float]]],
+        tolerance: float,
         keep_cache: bool = False,
-    ) -> tuple[int, list[float]]:
-        """`update_weights`, and proof: the version that serves, and what it makes of a text.
+    ) -> int:
+        """`update_weights`, and begin to prove that they serve: ``probe`` must be as probable here as to the policy.
 
-        Returns:
-            The version, and the log-probability of every token of ``probe`` after the first, in nats, at temperature 1,
-            computed from the tokens alone, with nothing out of a cache.
+        Nothing that is sampled under these weights is handed out before that is proved; see `proved`.
+
+        Args:
+            probe: token ids of a text, computed from the tokens alone, with nothing out of a cache.
+            expected: a list with the reference of the log-probability of every token of it after the first, in nats,
+                at temperature 1, under the policy.
+            tolerance: nats a token.
         """
-        version = await self.update_weights(bundle, keep_cache=keep_cache)
-        return version, await self._engine.prompt_logprobs(probe)
+        version = await self.update_weights(weights, keep_cache=keep_cache)
+        self._proof = asyncio.create_task(self._prove(version, probe, expected[0], tolerance))
+        return version
+
+    async def proved(self) -> None:
+        """Until the last `sync` has been proved.
+
+        Raises:
+            RuntimeError: the engine does not serve the policy's weights.
+        """
+        while (proof := self._proof) is not None:
+            await asyncio.shield(proof)
+            if self._proof is proof:
+                self._proof = None
+
+    async def _prove(
+        self, version: int, probe: list[int], expected: Awaitable[list[float]], tolerance: float
+    ) -> None:
+        served = np.array(await self._engine.prompt_logprobs(probe))
+        policy = np.array(await expected)
+        apart = float(np.abs(policy - served).mean())
+        if not apart <= tolerance:
+            raise RuntimeError(
+                f"this engine does not serve the policy's weights after the sync of version {version}: its "
+                f"log-probabilities of the same text differ by {apart:.3g} nats a token, {tolerance:g} is possible; "
+                f"policy {policy[:4].round(3).tolist()} ..., engine {served[:4].round(3).tolist()} ..."
+            )
 
     async def load(self, model_dir: str, *, version: int = 0) -> int:
         """Replace the weights by those of a model folder of the same shape; returns ``version``."""
@@ -288,6 +341,7 @@ class RolloutActor:
 
         return RolloutInfo(
             pid=os.getpid(),
+            node=this_node(),
             import_seconds=self._engine.import_seconds,
             init_seconds=self._engine.init_seconds,
             omp_num_threads=torch.get_num_threads(),

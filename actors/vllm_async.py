@@ -1,35 +1,52 @@
 """vLLM's AsyncLLM: the engine for GPUs, in processes of its own; tensor and pipeline parallel by vLLM's own settings.
 
-New weights go to the workers through a file in shared memory, which each loads its part of: one copy out, one in, and
-the same way for every number of workers.
+New weights go to the workers through memory that they share with this process, of which each loads its part: one copy
+out, one in, and the same way for every number of workers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import os
-import shutil
-import tempfile
+import pickle
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from actors.vllm_engine import EXIT_CODE, EXIT_GRACE_S, FIXED_ARGS, ResultT, VllmEngine, retie, stopped
-
-SHARED_MEMORY = Path("/dev/shm")
+from actors.weight_group import Seat, WeightGroup
+from actors.weights import Memory, pack, unpack
 
 
 class WorkerExtension:
     """What vLLM's workers can do besides, by ``collective_rpc``."""
 
     model_runner: Any
+    reload_weights: Callable[..., Any]
+    rank: int
+    device: torch.device
 
-    def retie(self) -> None:
-        """See `actors.vllm_engine.retie`."""
+    def load_published(self, message: bytes) -> None:
+        """Load the weights of a pickled `WeightBundle` without a buffer, the buffer's `Place` and its length."""
+        bundle, place, nbytes = pickle.loads(message)
+        bundle = dataclasses.replace(bundle, buffer=place.read(nbytes))
+        self._load(unpack(bundle))
+
+    def join(self, seat: tuple[Any, ...]) -> None:
+        """Meet the learner; ``seat`` is the first worker's."""
+        self._group = WeightGroup(Seat(*seat).moved(self.rank), self.device)
+
+    def receive(self, message: bytes) -> None:
+        """Load what the learner sends; the message is a pickled pair of expected shapes and optional names."""
+        expected, optional = pickle.loads(message)
+        self._load(self._group.receive(expected, optional))
+
+    def _load(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.reload_weights(weights_iterator=named)
         retie(self.model_runner.get_model())
 
 
@@ -41,6 +58,7 @@ class AsyncEngine(VllmEngine):
     def __init__(self, model_dir: str, *, stop_token_ids: list[int], overrides: dict[str, Any]) -> None:
         super().__init__(model_dir, stop_token_ids=stop_token_ids, overrides=overrides)
         self._ids = itertools.count()
+        self._memory = Memory()
 
     def _import(self) -> None:
         from vllm.v1.engine import async_llm  # noqa: F401
@@ -76,19 +94,29 @@ class AsyncEngine(VllmEngine):
     async def _replace(
         self, named: Iterable[tuple[str, torch.Tensor]], *, version: int, keep_cache: bool
     ) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="rayllm-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None))
+        bundle = await asyncio.to_thread(pack, named, version=version, memory=self._memory)
+        header = dataclasses.replace(bundle, buffer=bundle.buffer[:0])
+        message = pickle.dumps((header, self._memory.place(), bundle.buffer.nbytes))
+        await self._change("load_published", message, version=version, keep_cache=keep_cache)
+
+    async def join(self, seat: Seat) -> None:
+        await self._llm.collective_rpc("join", args=(tuple(seat),))
+
+    async def receive(self, *, version: int, keep_cache: bool = False) -> int:
+        message = pickle.dumps((self._shapes, self._optional))
+        await self._change("receive", message, version=version, keep_cache=keep_cache)
+        return version
+
+    async def _change(self, method: str, message: bytes, *, version: int, keep_cache: bool) -> None:
+        """Let every worker run the method of `WorkerExtension` between two steps."""
         try:
-            await asyncio.to_thread(_write, named, folder)
             await self._llm.pause_generation(mode="keep", clear_cache=not keep_cache)
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-            await self._llm.collective_rpc("retie")
+            await self._llm.collective_rpc(method, args=(message,))
             self.version = version
             await self._llm.update_weight_version(str(version))
             await self._llm.resume_generation()
         except Exception as error:  # the workers may have loaded a part
             raise _end_process(error) from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     async def shutdown(self) -> None:
         self._llm.shutdown()
@@ -98,9 +126,3 @@ def _end_process(error: Exception) -> RuntimeError:
     """What to tell the caller; the process exits when it has been told."""
     threading.Timer(EXIT_GRACE_S, os._exit, (EXIT_CODE,)).start()
     return stopped(error)
-
-
-def _write(named: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: tensor.contiguous() for name, tensor in named}, folder / "model.safetensors")

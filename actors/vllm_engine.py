@@ -8,6 +8,7 @@ another. Only what is refused before it touches the engine raises to its caller 
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import set_num_threads  # vLLM replaces the attribute by a function that does nothing
 
+from actors.weight_group import Seat
 from actors.weights import check_shapes, safetensors_shapes
 
 ResultT = TypeVar("ResultT")
@@ -114,10 +116,13 @@ class VllmEngine(ABC):
             raise ValueError(f"engine.{clash[0]} cannot be set: the rollout engine relies on its own value")
         set_environment()
         started = time.perf_counter()
+        gc.disable()  # what is imported stays: looking through it again and again takes a second or two
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         self._import()
+        gc.freeze()
+        gc.enable()
         self.import_seconds = time.perf_counter() - started
         started = time.perf_counter()
         args = {**default_engine_args(this_device()), **overrides, **self.fixed_args}
@@ -204,6 +209,15 @@ class VllmEngine(ABC):
         check_shapes(shapes, expected=self._shapes, optional=self._optional)
         await self._replace(named, version=version, keep_cache=keep_cache)
         return version
+
+    @abstractmethod
+    async def join(self, seat: Seat) -> None:
+        """Let the engine's workers meet the learner; ``seat`` is the first one's, the others' follow."""
+
+    @abstractmethod
+    async def receive(self, *, version: int, keep_cache: bool = False) -> int:
+        """Like `update`, with what the learner sends to the group that was joined. A failure ends the process: a part
+        may have been loaded."""
 
     def _prompt(self, token_ids: Sequence[int]) -> dict[str, Any]:
         """The salt keeps new requests from the cache of older weights, where that is kept for running ones."""

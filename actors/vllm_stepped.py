@@ -30,6 +30,7 @@ from actors.vllm_engine import (
     set_environment,
     stopped,
 )
+from actors.weight_group import Seat, WeightGroup
 
 
 @dataclass(slots=True)
@@ -89,6 +90,13 @@ class SteppedEngine(VllmEngine):
     ) -> None:
         future: Future = Future()
         await self._submit(lambda: self._apply(future, named, version, keep_cache), future)
+
+    async def join(self, seat: Seat) -> None:
+        self._group = await asyncio.to_thread(WeightGroup, seat, torch.device("cpu"))
+
+    async def receive(self, *, version: int, keep_cache: bool = False) -> int:
+        await self._replace(self._group.receive(self._shapes, self._optional), version=version, keep_cache=keep_cache)
+        return version
 
     async def shutdown(self) -> None:
         """Stop the thread and free the engine; open calls fail."""

@@ -1,15 +1,18 @@
 """Named tensors as one flat byte buffer, the form in which weights travel from a learner to the rollout engines.
 
-One buffer is one object in Ray's store: every actor on a node reads the same pages, and nothing is copied on the
-way to the engine. Names are those of the Hugging Face checkpoint. Needs torch only.
+The buffer lies in memory that processes of this node map: all read the same pages, and nothing is copied on the way
+to the engine. Names are those of the Hugging Face checkpoint. Needs torch only.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import warnings
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,53 @@ from safetensors import safe_open
 
 ALIGNMENT = 64
 """Bytes. Every tensor starts on such a boundary, so that a view of any dtype is legal."""
+
+
+ADAPTER_A, ADAPTER_B = ".lora_A", ".lora_B"
+"""What the names of an adapter's two matrices add to that of the weight."""
+
+
+class Memory:
+    """Bytes that other processes of this user on this node may map, for as long as this process lives. They have no
+    name in the file system, so that none is left behind by a process that is killed."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("rayllm-weights")
+        self.array = np.empty(0, dtype=np.uint8)
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+    def reserve(self, nbytes: int) -> None:
+        """Make ``array`` at least so long; what it holds stays."""
+        if nbytes > len(self.array):
+            nbytes = max(nbytes, 2 * len(self.array))
+            os.ftruncate(self._fd, nbytes)
+            self.array = np.frombuffer(mmap.mmap(self._fd, nbytes), dtype=np.uint8)
+
+    def place(self) -> Place:
+        return Place(os.getpid(), self._fd)
+
+
+class Place(NamedTuple):
+    """Where a `Memory` is found by another process of its node."""
+
+    pid: int
+    fd: int
+
+    def read(self, nbytes: int) -> np.ndarray:
+        """(nbytes,) uint8: the first ``nbytes`` bytes, read-only, as they change."""
+        return _mapped(self.pid, self.fd, nbytes)
+
+
+@lru_cache(maxsize=2)
+def _mapped(pid: int, fd: int, nbytes: int) -> np.ndarray:
+    """Kept from sync to sync: the pages of a new mapping would all fault again."""
+    opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY)
+    try:
+        return np.frombuffer(mmap.mmap(opened, nbytes, prot=mmap.PROT_READ), dtype=np.uint8)
+    finally:
+        os.close(opened)
 
 
 class Entry(NamedTuple):
@@ -44,12 +94,20 @@ class WeightBundle:
     checksum: str
     """xxh3-128 of the buffer, in hex."""
 
+    scaling: dict[str, float] = field(default_factory=dict)
+    """Where only adapters are in the buffer: checkpoint name of an adapted weight -> factor of their product."""
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {entry.name: entry.shape for entry in self.entries}
 
 
 def pack(
-    named_tensors: Iterable[tuple[str, torch.Tensor]], *, version: int, dtype: torch.dtype | None = None
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    version: int,
+    dtype: torch.dtype | None = None,
+    scaling: dict[str, float] | None = None,
+    memory: Memory | None = None,
 ) -> WeightBundle:
     """Copy tensors into one buffer, each as soon as it is yielded, so a generator may free or reuse them.
 
@@ -57,11 +115,14 @@ def pack(
         named_tensors: checkpoint names and whole tensors, on any device.
         version: number of policy updates in them.
         dtype: floating point tensors are cast to it; None keeps theirs.
+        scaling: of adapters, where the tensors are adapters.
+        memory: to pack into; the bundle holds until the next one is packed there. None takes new memory.
 
     Raises:
         ValueError: a name comes twice.
     """
-    buffer = bytearray()
+    memory = memory or Memory()
+    end = 0
     entries: dict[str, Entry] = {}
     for name, tensor in named_tensors:
         if name in entries:
@@ -70,13 +131,20 @@ def pack(
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
         data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        buffer.extend(bytes(-len(buffer) % ALIGNMENT))
+        start = end + -end % ALIGNMENT
         dtype_name = str(tensor.dtype).removeprefix("torch.")
-        entries[name] = Entry(name, dtype_name, tuple(tensor.shape), len(buffer), data.nbytes)
-        buffer.extend(data.data)
-    flat = np.frombuffer(buffer, dtype=np.uint8)
+        entries[name] = Entry(name, dtype_name, tuple(tensor.shape), start, data.nbytes)
+        memory.reserve(start + data.nbytes)
+        memory.array[end:start] = 0
+        end = start + data.nbytes
+        memory.array[start:end] = data
+    buffer = memory.array[:end]
     return WeightBundle(
-        buffer=flat, entries=tuple(entries.values()), version=version, checksum=_checksum(flat)
+        buffer=buffer,
+        entries=tuple(entries.values()),
+        version=version,
+        checksum=_checksum(buffer),
+        scaling=scaling or {},
     )
 
 
@@ -88,6 +156,16 @@ def unpack(bundle: WeightBundle) -> Iterator[tuple[str, torch.Tensor]]:
     for entry in bundle.entries:
         data = flat[entry.offset : entry.offset + entry.nbytes]
         yield entry.name, data.view(getattr(torch, entry.dtype)).view(entry.shape)
+
+
+def merged(bundle: WeightBundle, model_dir: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a model folder with the bundle's adapters in them, float32 where one is; Hu et al. 2021, eq. 3."""
+    adapters = dict(unpack(bundle))
+    for name, tensor in read_safetensors(model_dir):
+        if name in bundle.scaling:
+            a, b = adapters[name + ADAPTER_A].float(), adapters[name + ADAPTER_B].float()
+            tensor = torch.addmm(tensor.float(), b, a, alpha=bundle.scaling[name])
+        yield name, tensor
 
 
 def verify(bundle: WeightBundle) -> None:

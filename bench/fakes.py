@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
 import torch
 
+from actors.publishing import Published, Publisher
 from bench.workload import NEW_TOKENS, PROMPT_TOKENS
 from rayllm.data.experience import Experience
 from rayllm.data.prompts import PromptSpan
@@ -17,6 +17,9 @@ METRICS = (
     "policy/skipped_steps", "policy/grad_norm", "policy/lr", "policy/clipfrac", "policy/approx_kl",
 )  # fmt: skip
 """What a policy's update reports."""
+
+WEIGHTS = [(f"model.layers.{i // 11}.weight-{i % 11}", torch.zeros(8)) for i in range(311)]
+"""As many tensors as a model of 0.5B has."""
 
 
 def shard_of(num: int) -> Experience:
@@ -41,12 +44,16 @@ class FakeRolloutActor:
     async def experience(self, span: PromptSpan, *, step: int) -> Experience:
         return shard_of(span.count)
 
-    async def sync(self, bundle: list[Any], *, probe: list[int], keep_cache: bool) -> tuple[int, list[float]]:
-        return int(await bundle[0]), [0.0] * (len(probe) - 1)
+    async def sync(self, weights: Published, *, expected: list[Any], **settings: Any) -> int:
+        await expected[0]
+        return weights.version
 
 
 class FakeModelActor:
     """For all the others: policy, critic, reference and reward model."""
+
+    def __init__(self) -> None:
+        self.publisher = Publisher()
 
     def rewards(self, shard: Experience) -> torch.Tensor:
         return torch.zeros(len(shard))
@@ -67,8 +74,8 @@ class FakeModelActor:
     def update(self, *shards: Experience, **settings: Any) -> dict[str, float]:
         return dict.fromkeys(METRICS, 0.0)
 
-    def publish_weights(self, version: int, *, dtype: str) -> list[ray.ObjectRef]:
-        return [ray.put(version)]
+    def publish_weights(self, version: int, *, dtype: str, nodes: list[str]) -> Published:
+        return self.publisher.publish(WEIGHTS, version=version, nodes=nodes)
 
     def text_logprobs(self, token_ids: list[int]) -> list[float]:
         return [0.0] * (len(token_ids) - 1)

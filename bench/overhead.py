@@ -26,6 +26,7 @@ from rich.table import Table
 
 from actors.fleet import PROBE_TOKENS, Dispatcher
 from actors.group import ActorGroup, Role
+from actors.publishing import this_node
 from bench.fakes import FakeModelActor, FakeRolloutActor
 from bench.figures import circumstances, console, spread, written
 from bench.workload import PROMPT_TOKENS, settings
@@ -128,6 +129,7 @@ def measure_one(work: Path, groups: dict[str, CountingGroup], num_sequences: int
     loaded = load_config(PPOConfig, path, [])
     dispatcher, probe = Dispatcher(groups["rollout"]), [1] * PROBE_TOKENS
     roles = Roles(config=loaded.config, **groups, dispatcher=dispatcher, probe=probe)
+    roles.rollout_nodes.add(this_node())
     num_prompts = num_sequences * num_steps
     prompts = PromptData([{}] * num_prompts, [[1] * PROMPT_TOKENS] * num_prompts, {})
     batches, controls, traffic = Batches(roles, prompts, loaded.config), Controls(loaded.config), Traffic()

@@ -2,8 +2,8 @@
 
     python -m bench.report FOLDER OUT
 
-Reads every JSON of ``bench.ppo``, ``bench.floors`` and ``bench.overhead`` in FOLDER. Repeated measurements of one thing
-are pooled: medians and quartiles are over the warm steps of all of them.
+Reads every JSON of ``bench.ppo``, ``bench.floors``, ``bench.sync`` and ``bench.overhead`` in FOLDER. Repeated
+measurements of one thing are pooled: medians and quartiles are over the warm steps of all of them.
 """
 
 from __future__ import annotations
@@ -106,6 +106,20 @@ def job_section(label: str, results: Sequence[dict[str, Any]], floors: Sequence[
     return f"## {label}\n\n{markdown_table(('', 'median (quartiles)'), lines)}\n\n{table}"
 
 
+def sync_section(results: Sequence[dict[str, Any]]) -> str:
+    head = ("model", "MB", "serve, ms", "prove, ms", "two copies in memory, ms")
+    rows = []
+    for result in results:
+        label = ", ".join([size(result), *result["overrides"]])
+        times = [{k: 1e3 * v for k, v in result[name].items()} for name in ("serve_s", "prove_s", "copies_s")]
+        rows.append([label, f"{result['bytes'] / 1e6:.1f}", *(written(figure, 1) for figure in times)])
+    text = (
+        "From the learner until an idle engine serves the new weights, and from then until it has proved that it does; "
+        "it samples meanwhile. Beside them, the bytes copied out and in."
+    )
+    return f"## Weight sync\n\n{text}\n\n{markdown_table(head, rows)}"
+
+
 def overhead_section(result: dict[str, Any]) -> str:
     head = ("rollout actors", "sequences", "shards", "step, ms", "driver CPU, ms", "calls", "bytes sent", "bytes got")
     rows = []
@@ -131,6 +145,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
             jobs.setdefault(label, []).append(result)
     sections += [job_section(label, group, floors.get(size(group[0]), [])) for label, group in jobs.items()]
     sections += [floors_section(label, group) for label, group in floors.items()]
+    syncs = [result for result in results if result["bench"] == "sync"]
+    sections += [sync_section(syncs)] if syncs else []
     sections += [overhead_section(result) for result in results if result["bench"] == "overhead"]
     return "\n\n".join(sections) + "\n"
 

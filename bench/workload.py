@@ -58,6 +58,8 @@ def settings(algorithm: str, *, num_steps: int, **paths: Path) -> dict[str, Any]
     if algorithm == "grpo":
         tree["algorithm"] |= {"advantage": "grpo", "kl_coef": 0.0}
         tree["reward"] = {**scorer, "source": "function", "function": "bench.workload:variety"}
+        tree["policy"] |= {"num_actors": 2}  # what PPO has a critic for: both cores at work
+        tree["rollout"] |= {"num_actors": 2}
     return tree
 
 

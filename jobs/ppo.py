@@ -119,19 +119,19 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     if job.done:
         return job
     with job:
-        tokenizer = load_tokenizer(config.model)
-        prompts, held_out = read_data(job, config, tokenizer)
-        trained = {"policy": plan_trained(config.model, config.policy.learner)}
-        if "critic" in config.learner_ranks:
-            trained["critic"] = plan_trained(config.critic_start, config.critic.learner, scalar=True)
-        with ray_session(job.logs_dir, verbose=verbose):
-            needs = Roles.needs(config)
+        imported = seconds_since_start()
+        with ray_session(job.logs_dir, verbose=verbose, wait=False) as ray_started:
+            tokenizer = load_tokenizer(config.model)
+            prompts, held_out = read_data(job, config, tokenizer)
+            trained, needs = trained_parameters(config), Roles.needs(config)
+            ray_started()
+            ray_up = seconds_since_start()
             check_capacity(needs, config.placement.wait_s, console.print)
+            roles = Roles.start(config, prompts, ptx_tokens=job.dir / "ptx.npy")
             print_preamble(console, job, placement=describe(needs), trained=trained)
             with Progress(console, "ppo", config.num_steps) as progress:
                 progress.status(f"starting {', '.join(role.name for role in needs)}")
-                roles = Roles.start(config, prompts, ptx_tokens=job.dir / "ptx.npy")
-                started = roles.seconds | {"all": seconds_since_start()}
+                started = {"imports": imported, "ray": ray_up - imported, **roles.wait(), "all": seconds_since_start()}
                 console.print(startup_line(started), highlight=False)
                 batches, controls = Batches(roles, prompts, config), Controls(config)
                 watch = Watch(job, config, roles, batches, controls, progress, held_out, tokenizer)
@@ -143,6 +143,14 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     return job
 
 
+def trained_parameters(config: PPOConfig) -> dict[str, tuple[int, int] | None]:
+    """Learner -> what `plan_trained` says of it."""
+    trained = {"policy": plan_trained(config.model, config.policy.learner)}
+    if "critic" in config.learner_ranks:
+        trained["critic"] = plan_trained(config.critic_start, config.critic.learner, scalar=True)
+    return trained
+
+
 def seconds_since_start() -> float:
     """Since this process was started, imports included."""
     return time.time() - psutil.Process().create_time()
@@ -151,8 +159,12 @@ def seconds_since_start() -> float:
 def startup_line(seconds: Mapping[str, float]) -> str:
     """What the start took, for people: roles start side by side."""
     roles = [f"{role} {seconds[role]:.1f} s" for role in ("rollout", "policy", "critic") if role in seconds]
-    vllm = f"vLLM: import {seconds['vllm_import']:.1f} s, engine {seconds['vllm_engine']:.1f} s"
-    return f"[dim]ready after {seconds['all']:.1f} s; side by side: {', '.join(roles)} ({vllm})[/dim]"
+    return (
+        f"[dim]ready after {seconds['all']:.1f} s: imports {seconds['imports']:.1f} s, "
+        f"Ray and data {seconds['ray']:.1f} s; then side by side {', '.join(roles)} "
+        f"(vLLM {seconds['vllm_import']:.1f} s to import and {seconds['vllm_engine']:.1f} s to start, "
+        f"DeepSpeed {seconds['deepspeed']:.1f} s)[/dim]"
+    )
 
 
 def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, PromptData | None]:

@@ -7,16 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 
 from actors.critic import CriticActor
-from actors.fleet import Dispatcher, engine_dtype, probe_tokens, probe_tolerance, rollout_role, start_rollout_actors
+from actors.fleet import (
+    Dispatcher,
+    engine_dtype,
+    engine_workers,
+    probe_tokens,
+    probe_tolerance,
+    rollout_role,
+    start_rollout_actors,
+)
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
+from actors.publishing import Published
 from actors.reference import ReferenceActor
 from actors.reward import EnvironmentRewardActor, FunctionRewardActor, GoldRewardActor, RewardActor
-from actors.rollout import RolloutActor
+from actors.rollout import RolloutActor, Sent
+from actors.weight_group import Seat
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.models.loading import max_positions, vocabulary_size
@@ -35,8 +44,11 @@ class Roles:
     rollout: ActorGroup[RolloutActor]
     dispatcher: Dispatcher
     probe: list[int]
-    seconds: dict[str, float] = field(default_factory=dict)
-    """What the start took: role -> seconds until it was ready, and of the rollout's the parts that are vLLM's."""
+    rollout_nodes: set[str] = field(default_factory=set)
+    """Where the rollout actors live."""
+
+    setups: dict[str, list[Any]] = field(default_factory=dict)
+    """Role -> the calls that make it ready."""
 
     @staticmethod
     def needs(config: PPOConfig) -> list[Role]:
@@ -50,7 +62,7 @@ class Roles:
 
     @classmethod
     def start(cls, config: PPOConfig, prompts: PromptData, *, ptx_tokens: Path) -> Roles:
-        """Start all roles side by side; returns when all are ready."""
+        """Start all roles side by side; `wait` until they are ready."""
         needed = {role.name: role for role in cls.needs(config)}
         learner = {"config": config, "ptx_tokens": ptx_tokens.absolute() if config.ptx.documents else None}
         rollout = start_rollout_actors(
@@ -86,8 +98,7 @@ class Roles:
             ),
             reward=_start_reward(config, needed["reward"], prompts),
         )
-        setups = {}
-        setups["rollout"] = roles.rollout.submit(
+        roles.setups["rollout"] = roles.rollout.submit(
             RolloutActor.set_prompts,
             ray.put(prompts.token_ids if config.environment.name is None else prompts.rows),
             num_samples=config.samples_per_prompt,
@@ -96,11 +107,40 @@ class Roles:
         )
         for group, method in ((roles.policy, PolicyActor.setup), (roles.critic, CriticActor.setup)):
             if group is not None:
-                setups[group.role.name] = group.submit(method, group.submit(PolicyActor.address, rank=0)[0])
-        roles.seconds.update(_seconds_until_done(setups))
-        (info,) = collect(roles.rollout.submit(RolloutActor.info, rank=0), "rollout")
-        roles.seconds.update(vllm_import=info["import_seconds"], vllm_engine=info["init_seconds"])
+                roles.setups[group.role.name] = group.submit(method, group.submit(PolicyActor.address, rank=0)[0])
         return roles
+
+    def wait(self) -> dict[str, float]:
+        """Until all are ready.
+
+        Returns:
+            What the start took: role -> seconds until it was ready, and of these what vLLM and DeepSpeed took.
+        """
+        seconds = _seconds_until_done(self.setups)
+        infos = self.rollout.call(RolloutActor.info)
+        self.rollout_nodes.update(info["node"] for info in infos)
+        self._join_engines()
+        return seconds | {
+            "vllm_import": infos[0]["import_seconds"],
+            "vllm_engine": infos[0]["init_seconds"],
+            "deepspeed": collect(self.setups["policy"], "policy")[0],
+        }
+
+    def _join_engines(self) -> None:
+        """Where weights do not go through memory: rank 0 and all engines in one group, or each rank with its engine."""
+        kind = self.config.rollout.weight_transfer
+        if kind == "memory":
+            return
+        workers = engine_workers(self.config.rollout)
+        engines = [[rank] for rank in range(len(self.rollout))] if kind == "ipc" else [list(range(len(self.rollout)))]
+        joining: list[Any] = []
+        for rank, members in enumerate(engines):
+            ((host, port),) = collect(self.policy.submit(PolicyActor.address, rank=rank), "policy")
+            seat = Seat(host, port, 0, 1 + len(members) * workers, kind)
+            joining += self.policy.submit(PolicyActor.join_engines, seat, rank=rank)
+            for place, engine in enumerate(members):
+                joining += self.rollout.submit(RolloutActor.join, seat.moved(1 + place * workers), rank=engine)
+        collect(joining, "rollout")
 
     def logprobs(self, shards: list[Any]) -> list[Any]:
         """Of every shard under the policy before this step's updates. None each where one update makes the step: its
@@ -138,28 +178,26 @@ class Roles:
         return metrics | (collect(critic, "critic")[0] if critic else {})
 
     def sync_weights(self, *, version: int) -> None:
-        """The policy's weights to every rollout actor; their reference travels, not the weights. Each proves that they
-        serve: a text must be as probable to it as to the policy."""
+        """What the policy learned to every rollout actor; where it lies travels, not the weights. Each proves that it
+        serves them before it hands out what it samples: a text must be as probable to it as to the policy."""
         dtype = engine_dtype(self.config.rollout)
-        tolerance = probe_tolerance(dtype, self.config.policy.learner.dtype)
-        published = self.policy.submit(PolicyActor.publish_weights, version, dtype=dtype)
-        probed = self.policy.submit(PolicyActor.text_logprobs, self.probe)
-        served = self.rollout.call(
+        sending: list[Any] = []
+        weights: Published | Sent
+        if self.config.rollout.weight_transfer == "memory":
+            nodes = sorted(self.rollout_nodes)
+            weights = self.policy.call(PolicyActor.publish_weights, version, dtype=dtype, nodes=nodes)[0]
+        else:
+            sending, weights = self.policy.submit(PolicyActor.send_weights, dtype=dtype), Sent(version)
+        expected = self.policy.submit(PolicyActor.text_logprobs, self.probe)[0]
+        self.rollout.call(
             RolloutActor.sync,
-            collect(published, "policy")[0],
+            weights,
             probe=self.probe,
+            expected=[expected],
+            tolerance=probe_tolerance(dtype, self.config.policy.learner.dtype),
             keep_cache=self.config.rollout.keep_cache,
         )
-        expected = np.array(collect(probed, "policy")[0])
-        for rank, (found, logprobs) in enumerate(served):
-            apart = float(np.abs(expected - logprobs).mean())
-            if found != version or not apart <= tolerance:
-                raise RuntimeError(
-                    f"rollout actor {rank} does not serve the policy's weights after the sync of version {version}: it "
-                    f"serves version {found}, and its log-probabilities of the same text differ by {apart:.3g} nats a "
-                    f"token, {tolerance:g} is possible; policy "
-                    f"{np.round(expected[:4], 3).tolist()} ..., rollout actor {np.round(logprobs[:4], 3).tolist()} ..."
-                )
+        collect(sending, "policy")
 
     def move_reference(self, step: int) -> None:
         """Every ``reference.update_every`` steps the reference moves towards the policy."""
@@ -188,7 +226,8 @@ class Roles:
         return state
 
     def export(self, job: Run) -> None:
-        """Write the model folders."""
+        """Write the model folders, once the last sync is proved."""
+        self.rollout.call(RolloutActor.proved)
         self.policy.call(PolicyActor.export, str(job.model_dir.absolute()))
         if self.critic is not None:
             self.critic.call(CriticActor.export, str((job.dir / "critic").absolute()))

@@ -9,7 +9,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,19 @@ KILL_AFTER_S = 15.0
 
 
 @contextmanager
-def ray_session(logs_dir: Path | None, *, verbose: bool = False) -> Iterator[None]:
+def ray_session(
+    logs_dir: Path | None, *, verbose: bool = False, wait: bool = True
+) -> Iterator[Callable[[], None]]:
     """Connect to the cluster named by RAY_ADDRESS (set inside a Ray job), or start one here.
 
     A local cluster lives in a temporary folder of its own, and so do the temporary files of its workers. At the end
     its processes are stopped, the logs move to ``logs_dir`` (None: they are dropped) and the folder goes. If a
     session is already open, it is used and left open.
+
+    Without ``wait`` a local cluster comes up while the caller does something else; what is yielded waits for it.
     """
     if ray.is_initialized():
-        yield
+        yield _nothing
         return
     _quiet_libraries(verbose)
     handlers: dict[signal.Signals, Any] = {signum: signal.getsignal(signum) for signum in SIGNALS}
@@ -43,27 +48,24 @@ def ray_session(logs_dir: Path | None, *, verbose: bool = False) -> Iterator[Non
         _connect(os.environ["RAY_ADDRESS"], log_to_driver=verbose, logging_level=level)
         _put_back(handlers)
         try:
-            yield
+            yield _nothing
         finally:
             ray.shutdown()
         return
     _remove_stale_sessions()
     folder = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp"))
     before = set(psutil.Process().children(recursive=True))
+    cluster = _Starting(folder, log_to_driver=verbose, logging_level=level)
     try:
-        with _temporary_files_in(folder / "tmp"):
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=verbose,
-                logging_level=level,
-                _temp_dir=str(folder),
-            )
-        _put_back(handlers)  # Ray replaces the one of SIGTERM
-        yield
+        if wait:
+            cluster.wait()
+        yield cluster.wait
     finally:
         _ignore_signals()  # nothing interrupts the clean-up half way
+        with suppress(BaseException):  # raised to whoever waited for it
+            cluster.wait()
         _stop_cluster(before)
+        cluster.end()
         if logs_dir is not None:
             _keep_logs(folder, logs_dir)
         shutil.rmtree(folder, ignore_errors=True)
@@ -78,6 +80,43 @@ def _connect(address: str, **options: Any) -> None:
             f"RAY_ADDRESS: no connection to {address}: {str(error).splitlines()[0]} If the cluster is up and wants a "
             "token: export RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
         ) from None
+
+
+class _Starting:
+    """A cluster that comes up in a thread. The thread lives as long as the cluster: Ray ties its daemons to it, so that
+    they end with this process however that ends."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self._folder, self._settings = folder, settings
+        self._started: Future[None] = Future()
+        self._over = threading.Event()
+        tempfile.gettempdir()  # looked up here, before TMPDIR changes for the daemons
+        threading.Thread(target=self._run, name="ray-daemons", daemon=True).start()
+
+    def wait(self) -> None:
+        """Until it is up.
+
+        Raises:
+            Exception: whatever kept Ray from starting.
+        """
+        self._started.result()
+
+    def end(self) -> None:
+        self._over.set()
+
+    def _run(self) -> None:
+        try:
+            with _temporary_files_in(self._folder / "tmp"):
+                ray.init(address="local", include_dashboard=False, _temp_dir=str(self._folder), **self._settings)
+        except BaseException as error:
+            self._started.set_exception(error)
+        else:
+            self._started.set_result(None)
+        self._over.wait()
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
 
 
 def _quiet_libraries(verbose: bool) -> None:

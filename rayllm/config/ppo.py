@@ -117,6 +117,16 @@ class PPOConfig(JobConfig):
         return self
 
     @model_validator(mode="after")
+    def _every_engine_has_a_rank(self) -> PPOConfig:
+        if self.rollout.weight_transfer == "ipc" and self.policy.num_actors != self.rollout.num_actors:
+            raise ValueError(
+                f"rollout.weight_transfer=ipc needs a policy rank on the GPU of every engine: "
+                f"policy.num_actors={self.policy.num_actors} and rollout.num_actors={self.rollout.num_actors} differ; "
+                "make them equal, or set rollout.weight_transfer=broadcast"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> PPOConfig:
         if self.reward_model is None and self.reward.source == "model":
             raise ValueError("reward_model: required but not given (with reward.source=gold none is needed)")

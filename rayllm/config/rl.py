@@ -223,6 +223,11 @@ class PPORolloutConfig(RolloutConfig):
     computing them again; what is sampled then is of no policy exactly."""
 
 
+    weight_transfer: Literal["memory", "broadcast", "ipc"] = "memory"
+    """How new weights reach the engines: through `memory` of the host, adapters alone where only they train; or from
+    GPU to GPU, by `broadcast` (NCCL) or, where policy rank i and engine i share a GPU, by CUDA `ipc`."""
+
+
 class EvalConfig(Config):
     prompts: Path | None = None
     """Held-out prompts for the periodic evaluation; null for none."""

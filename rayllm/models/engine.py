@@ -24,6 +24,7 @@ from rayllm.models.loading import DTYPES
 from rayllm.models.optimizers import adamw_arguments, build_optimizer, parameter_groups
 from rayllm.models.partial import (
     HEAD,
+    Adapter,
     adapters,
     adapters_off,
     checkpoint_name,
@@ -196,6 +197,12 @@ class Engine:
                     with torch.no_grad():
                         whole = adapter.merged(whole)
                 yield name, whole.clone() if self._learner.zero_stage == 3 else whole
+
+    def named_adapters(self) -> Iterator[tuple[str, Adapter]]:
+        """Checkpoint name of every adapted weight and its adapter; with ZeRO-3 as in `named_tensors`."""
+        for name, adapter in adapters(self.module).items():
+            with self._gathered([adapter.a, adapter.b]):
+                yield name, adapter
 
     def _gathered(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         if self._learner.zero_stage < 3:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
 
 from rayllm.errors import InputError
+
+if TYPE_CHECKING:  # imported where it is used: seconds that a process without a model does not pay
+    from transformers import PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,6 +30,8 @@ def create_causal_lm(architecture: str, tokenizer: Any, shape: dict[str, Any], *
     Raises:
         InputError: a field that the architecture does not know, or heads that do not divide.
     """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(architecture)
     unknown = [name for name in shape if not hasattr(config, name)]
     if unknown:
@@ -84,6 +82,8 @@ def load_tokenizer(path: Path | str) -> Any:
     Raises:
         InputError: it has no end-of-sequence token, so no model could learn to stop.
     """
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(str(path))
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no eos_token; set one in tokenizer_config.json")
@@ -94,6 +94,8 @@ def load_tokenizer(path: Path | str) -> Any:
 
 def load_causal_lm(path: Path | str, *, dtype: str = "float32") -> PreTrainedModel:
     """A decoder from a local folder or the hub, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(str(path), dtype=DTYPES[dtype], use_safetensors=True)
     return model.eval()
 
@@ -103,6 +105,8 @@ def load_sequence_classifier(path: Path | str, *, dtype: str = "float32") -> Pre
 
     From a decoder the score head is new and random; seed torch before the call.
     """
+    from transformers import AutoModelForSequenceClassification
+
     model = AutoModelForSequenceClassification.from_pretrained(
         str(path), num_labels=1, dtype=DTYPES[dtype], use_safetensors=True
     )
@@ -111,6 +115,8 @@ def load_sequence_classifier(path: Path | str, *, dtype: str = "float32") -> Pre
 
 def is_sequence_classifier(path: Path) -> bool:
     """Whether a model folder has a score head: a reward model or a critic."""
+    from transformers import AutoConfig
+
     architectures = AutoConfig.from_pretrained(str(path)).architectures or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 
@@ -150,9 +156,13 @@ def count_stored_parameters(path: Path) -> int:
 
 def vocabulary_size(path: Path) -> int:
     """Rows of the model's embedding."""
+    from transformers import AutoConfig
+
     return int(AutoConfig.from_pretrained(str(path)).vocab_size)
 
 
 def max_positions(path: Path) -> int:
     """Longest sequence that the model takes, in tokens."""
+    from transformers import AutoConfig
+
     return int(AutoConfig.from_pretrained(str(path)).max_position_embeddings)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rayllm.config.common import LearnerConfig, LoraConfig
 from rayllm.errors import InputError
@@ -56,6 +55,8 @@ def plan_trained(path: Path | str, learner: LearnerConfig, *, scalar: bool = Fal
     """
     if learner.trainable_layers is None and learner.lora.rank is None:
         return None
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
     config = AutoConfig.from_pretrained(str(path))
     with torch.device("meta"):
         model: nn.Module

@@ -12,7 +12,7 @@ from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.reward import RewardActor, RewardSource
-from actors.weights import safetensors_shapes, unpack
+from actors.weights import merged, read_safetensors, safetensors_shapes, unpack
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.rollout import Rollout, collate
@@ -107,10 +107,9 @@ class Learners:
         return collect(policy, "policy")[0] | collect(critic, "critic")[0]
 
     def weights(self):
-        (reference,) = self.policy.call(PolicyActor.publish_weights, 1)[0]
-        import ray
-
-        policy = {name: tensor.clone() for name, tensor in unpack(ray.get(reference))}
+        bundle = self.policy.call(PolicyActor.publish_weights, 1)[0].fetch()
+        tensors = merged(bundle, self.config.model) if bundle.scaling else unpack(bundle)
+        policy = {name: tensor.clone() for name, tensor in tensors}
         return policy | self.critic.call(Critic.weights)[0]
 
     def stop(self):
@@ -252,8 +251,10 @@ def test_with_adapters_the_policy_is_its_own_reference(local_ray, tmp_path, tiny
         mask = part.action_mask
         torch.testing.assert_close(ref[mask], learners.reference.logprobs(part)[mask], rtol=0, atol=1e-4)
         assert not torch.equal(now[mask], ref[mask])
-    merged = ReferenceActor(model=str(tmp_path / "model"), temperature=0.7, micro_batch_size=5)
-    torch.testing.assert_close(merged.logprobs(part)[mask], now[mask], rtol=0, atol=1e-4)
+    exported = ReferenceActor(model=str(tmp_path / "model"), temperature=0.7, micro_batch_size=5)
+    torch.testing.assert_close(exported.logprobs(part)[mask], now[mask], rtol=0, atol=1e-4)
+    for name, tensor in read_safetensors(tmp_path / "model"):  # what is published are the adapters alone
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-6)
     names = safetensors_shapes(tiny_model_dir).keys()
     assert safetensors_shapes(tmp_path / "model").keys() == names
     assert {name for name in weights if not name.startswith("classifier.")} == names
@@ -342,14 +343,13 @@ def test_prompts_without_signal_are_replaced_by_those_with():
 
 
 def test_the_reference_moves_towards_the_policy(local_ray, tiny_model_dir, other_tiny_model_dir):
-    import ray
-
-    from actors.weights import pack, read_safetensors
+    from actors.publishing import Publisher
 
     reference = ReferenceActor(model=str(tiny_model_dir), temperature=0.7, micro_batch_size=5)
     before = {name: tensor.clone() for name, tensor in reference.model.named_parameters()}
     other = dict(read_safetensors(other_tiny_model_dir))
-    reference.move([ray.put(pack(other.items(), version=1))], ema=0.75)
+    publisher = Publisher()
+    reference.move(publisher.publish(other.items(), version=1), ema=0.75)
     for name, tensor in reference.model.named_parameters():
         torch.testing.assert_close(tensor, 0.75 * before[name] + 0.25 * other[name])
 

@@ -3,19 +3,24 @@
 import asyncio
 import dataclasses
 import os
+import socket
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+import ray
 import torch
 
-from actors.rollout import RolloutActor, sample_seed
+from actors import weight_group
+from actors.publishing import Publisher, this_node
+from actors.rollout import RolloutActor, Sent, sample_seed
 from actors.vllm_async import AsyncEngine
 from actors.vllm_engine import EXIT_GRACE_S
 from actors.vllm_stepped import SteppedEngine
-from actors.weights import pack, read_safetensors
+from actors.weight_group import Seat
+from actors.weights import pack, read_safetensors, unpack
 from rayllm.data.prompts import PromptSpan, PromptStream
 from rayllm.data.tokenizer import stop_token_ids
 
@@ -208,14 +213,30 @@ def wait_until_gone(pid, timeout_s=20.0):
     raise AssertionError(f"process {pid} still runs {timeout_s} s after its death")
 
 
+class PublishingActor:
+    """A learner that publishes ready bundles: for this node, or as if its readers lived on another."""
+
+    def __init__(self):
+        self.publisher = Publisher()
+
+    def publish(self, bundle, stored):
+        published = self.publisher.publish(unpack(bundle), version=bundle.version, nodes=[this_node()])
+        if stored:
+            reference = ray.put(published.place.read(published.end).copy())
+            published = dataclasses.replace(published, node="another", stored=(reference,))
+        return published
+
+
 def test_logprobs_and_greedy_tokens_follow_ten_updates(local_ray, actor, models, bundles, prompts, stops):
+    publisher = local_ray.remote(PublishingActor).options(num_cpus=0).remote()
     greedy = [greedy_tokens(model, prompts, stops) for model in models]
     assert greedy[0] != greedy[1]
     for update in range(11):
         serving = update % 2
         if update:
             bundle = dataclasses.replace(bundles[serving], version=update)
-            assert local_ray.get(actor.update_weights.remote([local_ray.put(bundle)])) == update
+            published = local_ray.get(publisher.publish.remote(bundle, stored=update > 5))
+            assert local_ray.get(actor.update_weights.remote(published)) == update
         for temperature in (1.0, 0.7):
             rollouts = generate(local_ray, actor, prompts, temperature=temperature, step=update)
             difference = logprob_differences(models[serving], rollouts, temperature=temperature)
@@ -392,15 +413,81 @@ def test_a_kept_cache_serves_only_what_was_under_way(local_ray, actor, models, b
     assert logprob_differences(models[1], fresh, temperature=1.0).mean() < TOLERANCE
 
 
-def test_a_sync_proves_which_weights_serve(local_ray, actor, models, bundles):
+def text_logprobs(model, text):
+    with torch.no_grad():
+        logprobs = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(text)[1:, None])[:, 0].tolist()
+
+
+class SendingActor:
+    """A learner that sends ready bundles through a group, in many small buckets."""
+
+    def join(self, seat):
+        weight_group.BUCKET_BYTES = 1 << 16
+        self.group = weight_group.WeightGroup(seat, torch.device("cpu"))
+
+    def send(self, bundle):
+        self.group.send(unpack(bundle), dtype=None)
+
+
+@pytest.fixture
+def sender(local_ray):
+    sender = local_ray.remote(SendingActor).options(num_cpus=0).remote()
+    yield sender
+    local_ray.kill(sender)
+
+
+def meet(local_ray, sender, actor, kind):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        seat = Seat("127.0.0.1", free.getsockname()[1], 0, 2, kind)
+    local_ray.get([sender.join.remote(seat), actor.join.remote(seat.moved(1))])
+
+
+@pytest.mark.parametrize("kind", ["broadcast", "ipc"])
+def test_weights_come_through_a_group_bucket_by_bucket(local_ray, actor, sender, models, bundles, prompts, kind):
+    """Over gloo and shared memory: what NCCL and CUDA IPC do between GPUs."""
+    meet(local_ray, sender, actor, kind)
+    for version, serving in ((4, 1), (5, 0)):
+        sent = sender.send.remote(bundles[serving])
+        assert local_ray.get(actor.update_weights.remote(Sent(version))) == version
+        local_ray.get(sent)
+        rollouts = generate(local_ray, actor, prompts)
+        assert logprob_differences(models[serving], rollouts, temperature=1.0).mean() < TOLERANCE
+        assert {v for r in rollouts for v in r.policy_versions} == {version}
+
+
+def test_a_sync_proves_which_weights_serve(local_ray, actor, models, bundles, prompts):
     ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
+    proof = {"probe": text, "tolerance": TOLERANCE}
     for bundle, model in ((bundles[1], models[1]), (bundles[1], models[1]), (bundles[0], models[0])):
-        version, logprobs = local_ray.get(actor.sync.remote(bundle, probe=text))
-        with torch.no_grad():
-            expected = model(torch.tensor([text])).logits[0, :-1].log_softmax(-1)
-        expected = expected.gather(1, torch.tensor(text)[1:, None])[:, 0]
-        assert version == bundle.version and len(logprobs) == len(text) - 1
-        assert (torch.tensor(logprobs) - expected).abs().max() < TOLERANCE
+        expected = [local_ray.put(text_logprobs(model, text))]
+        assert local_ray.get(actor.sync.remote(bundle, expected=expected, **proof)) == bundle.version
+        local_ray.get(actor.proved.remote())
+    # The policy is another model: the weights are taken, and nothing that they sample is handed out.
+    local_ray.get(actor.sync.remote(bundles[0], expected=[local_ray.put(text_logprobs(models[1], text))], **proof))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="does not serve the policy's weights after the sync of version 2: its"):
+            generate(local_ray, actor, prompts)
+    with pytest.raises(RuntimeError, match=r"policy \[-.*\] ..., engine \[-"):
+        local_ray.get(actor.proved.remote())
+    local_ray.get(actor.sync.remote(bundles[0], expected=[local_ray.put(text_logprobs(models[0], text))], **proof))
+    assert generate(local_ray, actor, prompts)
+
+
+def test_nothing_is_handed_out_before_the_policy_has_said_what_it_expects(local_ray, actor, models, bundles, prompts):
+    ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
+
+    @local_ray.remote(num_cpus=0)
+    def slowly(model, text):
+        time.sleep(1.5)
+        return text_logprobs(model, text)
+
+    expected = slowly.remote(models[1], text)
+    local_ray.get(actor.sync.remote(bundles[1], probe=text, tolerance=TOLERANCE, expected=[expected]))
+    rollouts = generate(local_ray, actor, prompts)
+    assert local_ray.wait([expected], timeout=0)[0], "rollouts came before their weights were proved"
+    assert {version for rollout in rollouts for version in rollout.policy_versions} == {1}
 
 
 def test_the_stop_token_is_kept_with_its_logprob(local_ray, actor, models, bundles, prompts, stops):
@@ -448,9 +535,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(local_ray, acto
 
 
 def test_the_engine_for_gpus_samples_and_updates_the_same(
-    local_ray, tiny_model_dir, actor, models, bundles, prompts
+    local_ray, tiny_model_dir, actor, sender, models, bundles, prompts
 ):
-    """AsyncLLM on CPU: what it samples, a sync with its proof, and an update under way."""
+    """AsyncLLM on CPU: what it samples, a sync with its proof, an update under way, and one through a group."""
     other = local_ray.remote(ActorOnAsyncLLM).options(num_cpus=1, max_concurrency=100)
     other = other.remote(str(tiny_model_dir), engine={}, seed=SEED)
     try:
@@ -462,12 +549,18 @@ def test_the_engine_for_gpus_samples_and_updates_the_same(
             for model, part in ((models[0], slice(0, place)), (models[1], slice(place, None))):
                 assert (logprob_differences(model, [rollout], temperature=0.7)[part] < 1e-3).all()
         ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
-        proofs = [local_ray.get(one.sync.remote(bundles[0], probe=text)) for one in (other, actor)]
-        assert proofs[0][0] == proofs[1][0] == 2
-        assert max(abs(a - b) for a, b in zip(proofs[0][1], proofs[1][1], strict=True)) < TOLERANCE
+        proof = {"probe": text, "tolerance": TOLERANCE, "expected": [local_ray.put(text_logprobs(models[0], text))]}
+        assert local_ray.get(other.sync.remote(bundles[0], **proof)) == 2
+        local_ray.get(other.proved.remote())
+        meet(local_ray, sender, other, "broadcast")
+        sent = sender.send.remote(bundles[1])
+        assert local_ray.get(other.update_weights.remote(Sent(7))) == 7
+        local_ray.get(sent)
+        rollouts = generate(local_ray, other, prompts)
+        assert logprob_differences(models[1], rollouts, temperature=1.0).mean() < TOLERANCE
         with pytest.raises(RuntimeError, match="weight update refused: missing"):
             local_ray.get(other.update_weights.remote(pack([], version=3)))
-        assert {v for r in generate(local_ray, other, prompts) for v in r.policy_versions} == {2}
+        assert {v for r in generate(local_ray, other, prompts) for v in r.policy_versions} == {7}
         local_ray.get(other.shutdown.remote())
     finally:
         local_ray.kill(other)

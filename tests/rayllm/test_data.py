@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -259,6 +260,20 @@ def test_experience_checks_shapes_by_field_name():
         batch.replace(values=torch.zeros(1, 2))
     with pytest.raises(ValueError, match="the first token has no predecessor"):
         batch.replace(action_mask=torch.ones(1, 3, dtype=torch.bool))
+
+
+def test_an_experience_is_pickled_as_arrays_and_comes_back_writable():
+    batch = collate([rollout(0, [1, 2], [3])], pad_token_id=0).replace(values=torch.tensor([[0.0, 1.5, -2.0]]))
+    buffers: list[pickle.PickleBuffer] = []
+    header = pickle.dumps(batch, protocol=5, buffer_callback=buffers.append)
+    read_only = [memoryview(bytes(buffer)) for buffer in buffers]
+    back = pickle.loads(header, buffers=read_only)
+    assert len(buffers) == 8 and back.logprobs is None
+    for field in dataclasses.fields(batch):
+        tensor, expected = getattr(back, field.name), getattr(batch, field.name)
+        assert tensor is expected is None or (torch.equal(tensor, expected) and tensor.dtype == expected.dtype)
+    back.values.add_(1)  # an array out of Ray's store would end the process here
+    assert back.values.tolist() == [[1.0, 2.5, -1.0]]
 
 
 def test_concat_pads_and_selecting_gives_the_parts_back():
