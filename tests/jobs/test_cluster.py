@@ -1,4 +1,4 @@
-"""Jobs on clusters that were started without us: submitted with a token, stopped, waiting for nodes, under Slurm."""
+"""Jobs on clusters that were started without us: submitted with a token, stopped, waiting, under Slurm."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from ray.job_submission import JobSubmissionClient
 
 from tests.jobs.conftest import ROOT, TINY, rayllm
 
 BIN = Path(sys.executable).parent
 TOKEN = "7e57" * 16
-FAKE_HEAD_ID = "f" * 51 + "00000"
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,9 @@ def environment(home: Path) -> dict[str, str]:
     return {**kept, **quick, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(home), "TMPDIR": "/tmp"}
 
 
-def start_head(folder: Path, gcs: int, *options: str, **changes: str) -> Iterator[Cluster]:
+def start_head(folder: Path, *options: str) -> Iterator[Cluster]:
     """`ray start --head` with token authentication; ends with all its processes."""
-    dashboard, agent = free_ports(2)
+    gcs, dashboard, agent = free_ports(3)
     short = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # paths of sockets must be short
     env = {**environment(folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     command = [
@@ -84,7 +82,7 @@ def start_head(folder: Path, gcs: int, *options: str, **changes: str) -> Iterato
     ]  # fmt: skip
     with (folder / "head.log").open("w") as out:
         head = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**env, "RAY_JOB_STOP_WAIT_TIME_S": "60", **changes}
+            command, stdout=out, stderr=subprocess.STDOUT, env={**env, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
         )
     cluster = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
 
@@ -112,7 +110,7 @@ def start_head(folder: Path, gcs: int, *options: str, **changes: str) -> Iterato
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Two CPUs, a dashboard, token authentication."""
-    yield from start_head(tmp_path_factory.mktemp("ray"), *free_ports(1), "--num-cpus=2")
+    yield from start_head(tmp_path_factory.mktemp("ray"), "--num-cpus=2")
 
 
 def tokenizer_arguments(tiny_run, run_dir: Path) -> list[str]:
@@ -247,45 +245,6 @@ def test_serving_is_not_submitted(tiny_run):
     source, _ = tiny_run
     done = rayllm("serve", f"model={source / 'ppo/model'}", "--address", "http://127.0.0.1:9")
     assert done.returncode == 2 and "docs/cluster.md" in done.stdout
-
-
-@pytest.fixture
-def growing_cluster(tmp_path):
-    """A head without a CPU and the node types of cluster/aws.yaml, of two CPUs each, brought by Ray's autoscaler."""
-    (gcs,) = free_ports(1)
-    types = yaml.safe_load((ROOT / "cluster/aws.yaml").read_text())["available_node_types"]
-    config = {
-        "cluster_name": "growing", "max_workers": 2, "idle_timeout_minutes": 5, "upscaling_speed": 10.0, "docker": {},
-        "provider": {
-            "type": "external", "launch_multiple": True, "disable_node_updaters": True,
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
-            "disable_launch_config_check": True, "gcs_address": f"127.0.0.1:{gcs}", "head_node_id": FAKE_HEAD_ID,
-        },
-        "auth": {}, "head_node_type": "head", "cluster_synced_files": [],
-        "available_node_types": {
-            name: {**node, "node_config": {}, "max_workers": 0, "resources": {"CPU": 0}} if name == "head" else
-            {**node, "node_config": {}, "resources": {**node["resources"], "CPU": 2}}
-            for name, node in types.items()
-        },
-    }  # fmt: skip
-    path = tmp_path / "autoscaler.yaml"
-    path.write_text(yaml.safe_dump(config))
-    fake = {
-        "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_ID,
-    }  # fmt: skip
-    options = ("--num-cpus=0", "--node-ip-address=127.0.0.1", f"--autoscaling-config={path}")
-    yield from start_head(tmp_path, gcs, *options, **fake)
-
-
-def test_a_job_waits_for_the_node_that_the_autoscaler_brings(growing_cluster, tiny_run, tmp_path):
-    source, _ = tiny_run
-    arguments = ["pretrain", "--config", str(source / "pretrain/config.yaml"), f"run_dir={tmp_path / 'run'}", "num_steps=4"]
-    done = rayllm(*arguments, "placement.wait_s=300", "--address", growing_cluster.dashboard, env=growing_cluster.env)
-    assert done.returncode == 0, done.stdout
-    assert "waiting for nodes: the roles need 2 CPU (workers 2 x 1), the cluster has 0" in done.stdout
-    assert "✓ pretrain" in done.stdout
-    assert record(tmp_path / "run")["status"] == "done"
 
 
 SCONTROL = "#!/bin/sh\necho node0\necho node1\n"
