@@ -38,6 +38,8 @@ class Command:
     module: str
     config: str
     summary: str
+    words: tuple[str, ...] = ()
+    """Keys whose values may be given without their names, in this order."""
 
     def config_class(self) -> type[Config]:
         module, name = self.config.split(":")
@@ -56,6 +58,9 @@ COMMANDS = {
     "evaluate": Command("evaluate", "evaluate:EvaluateConfig", "all models side by side on held-out prompts"),
     "serve": Command("serve", "serve:ServeConfig", "serve a model as an OpenAI-compatible chat API"),
     "chat": Command("chat", "chat:ChatConfig", "talk to a served model in the terminal"),
+    "lineage": Command("lineage", "lineage:LineageConfig", "where a model came from, down to the text", ("model",)),
+    "verify": Command("verify", "verify:VerifyConfig", "whether a model's files are those written", ("model",)),
+    "export": Command("export", "export:ExportConfig", "a folder for the hub, with a model card", ("model", "out")),
     "pipeline": Command("pipeline", "pipeline:PipelineConfig", "everything above up to evaluate, then a report"),
     "plan": Command("plan", "plan:PlanConfig", "what a run needs on a cluster: memory, seconds, the nearest fit"),
 }
@@ -120,10 +125,13 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
         planned: Any = loaded
         return plan(planned, console, address=parsed.address, to_json=parsed.json)
     if parsed.address:
-        from jobs.submit import submit
+        from jobs.submit import submit, submit_stages
+        from rayllm.config.pipeline import PipelineConfig
 
-        given = [word for path in parsed.config for word in ("--config", str(path))]
-        return submit(command.module, [*given, *parsed.overrides], loaded.config, parsed.address, console)
+        given = [word for path in parsed.config for word in ("--config", str(path))] + parsed.overrides
+        if isinstance(loaded.config, PipelineConfig):
+            return submit_stages(given, loaded.config, parsed.address, console)
+        return submit(command.module, given, loaded.config, parsed.address, console)
     signal.signal(signal.SIGTERM, _terminate)
     if any(is_on_hub(path) for path in config_inputs(loaded.config).values()):
         from rayllm.hub import fetch_inputs
@@ -171,7 +179,16 @@ def parse(name: str, arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         known = "--config FILE, --address URL, --explain, --json, -v, --help, key=value"
         raise InputError(f"{unknown[0]}: unknown option. Known: {known}")
+    parsed.overrides = name_words(parsed.overrides, find_command(name).words)
     return parsed
+
+
+def name_words(overrides: Sequence[str], names: Sequence[str]) -> list[str]:
+    """``key=value`` for each word: the n-th without ``=`` is the value of the n-th name."""
+    left, named = list(names), []
+    for word in overrides:
+        named.append(f"{left.pop(0)}={word}" if left and "=" not in word else word)
+    return named
 
 
 def print_overview(console: Console) -> None:
@@ -198,9 +215,9 @@ def print_overview(console: Console) -> None:
 def print_command_help(console: Console, name: str, command: Command) -> None:
     """Every field with its type, default and docstring."""
     console.print(f"[bold]rayllm {name}[/bold]: {command.summary}\n", highlight=False)
-    console.print(
-        f"usage: rayllm {name} \\[--config FILE] \\[key=value ...] \\[--address URL] \\[-v]\n", highlight=False
-    )
+    words = "".join(f"{word.upper()} " for word in command.words)
+    usage = f"usage: rayllm {name} {words}\\[--config FILE] \\[key=value ...] \\[--address URL] \\[-v]\n"
+    console.print(usage, highlight=False)
     for key, kind, default, doc in describe_fields(command.config_class()):
         console.print(f"  [bold cyan]{key}[/bold cyan]  [dim]{escape(kind)}, {escape(default)}[/dim]", highlight=False)
         if doc:

@@ -75,7 +75,7 @@ def run(loaded: Loaded[EvaluateConfig], console: Console, *, verbose: bool = Fal
         prompts = read_splits(job, config, tokenizer)
         with ray_session(job.logs_dir, verbose=verbose):
             roles = roles_of(config)
-            check_capacity(roles)
+            check_capacity(roles, config.placement.wait_s, console.print)
             print_preamble(console, job, placement=describe(roles))
             with Progress(console, "evaluate", len(config.models)) as progress:
                 progress.status("starting actors")

@@ -66,7 +66,7 @@ def run(loaded: Loaded[LabelConfig], console: Console, *, verbose: bool = False)
         stages = stages_of(config, data, parts)
         roles = [stage.role for stage in stages]
         with ray_session(job.logs_dir, verbose=verbose):
-            check_capacity(roles)
+            check_capacity(roles, config.placement.wait_s, console.print)
             print_preamble(console, job, placement=describe(roles))
             make_parts(config, data, parts, stages, console)
         if config.labeler == "gold":

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from jobs.session import ray_session
 from rayllm.config.base import Loaded
-from rayllm.config.pipeline import WIRING, PipelineConfig
+from rayllm.config.pipeline import PipelineConfig
 from rayllm.report.html import write_report
 from rayllm.report.run import Run
 from rayllm.report.terminal import shown_path
@@ -43,23 +43,26 @@ def run(loaded: Loaded[PipelineConfig], console: Console, *, verbose: bool = Fal
     began = time.monotonic()
     skipped: list[str] = []
     with ExitStack() as stack:
-        for number, stage in enumerate(WIRING, start=1):
+        for number, stage in enumerate(config.stages, start=1):
             if stage in NEEDS_RAY and not is_done(stage, loaded):
                 stack.enter_context(ray_session(config.run_dir / "logs", verbose=verbose))  # one for all stages
             job = importlib.import_module(f"jobs.{stage}").run(section(loaded, stage), console, verbose=verbose)
             if job.done:
                 skipped.append(stage)
-                console.print(f"[dim]✓ {number}/{len(WIRING)} {stage}: unchanged, skipped[/dim]", highlight=False)
+                place = f"{number}/{len(config.stages)} {stage}"
+                console.print(f"[dim]✓ {place}: unchanged, skipped[/dim]", highlight=False)
     page, _ = write_report(config.run_dir)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     console.rule(style="dim")
     console.print(
         f"[green]✓[/green] [bold]pipeline[/bold] {minutes} min {seconds} s"
-        + (f", skipped {len(skipped)} of {len(WIRING)} stages that were done and unchanged" if skipped else ""),
+        + (f", skipped {len(skipped)} of {len(config.stages)} stages that were done and unchanged" if skipped else ""),
         highlight=False,
     )
-    model = config.ppo.run_dir / "model"
     console.print(f"  report   {escape(shown_path(page))}", highlight=False, soft_wrap=True)
+    model = config.ppo.run_dir / "model"
+    if not model.is_dir():
+        return
     console.print(f"  serve    rayllm serve model={escape(shown_path(model))}", highlight=False, soft_wrap=True)
     console.print("  chat     rayllm chat        (in a second terminal)", highlight=False)
 

@@ -127,7 +127,7 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
             trained, needs = trained_parameters(config), Roles.needs(config)
             ray_started()
             ray_up = seconds_since_start()
-            check_capacity(needs)
+            check_capacity(needs, config.placement.wait_s, console.print)
             roles = Roles.start(config, prompts, ptx_tokens=job.dir / "ptx.npy")
             print_preamble(console, job, placement=describe(needs), trained=trained)
             with Progress(console, "ppo", config.num_steps) as progress:

@@ -27,6 +27,7 @@ from jobs.serve_session import APP, Signals, Stop, check_port_free, serve_sessio
 from rayllm.config.base import Loaded
 from rayllm.config.serve import ServeConfig
 from rayllm.errors import InputError
+from rayllm.lineage import check_files
 from rayllm.models.loading import check_model_dir, check_tokenizer_dir
 
 POLL_S = 1.0
@@ -43,6 +44,7 @@ def run(loaded: Loaded[ServeConfig], console: Console, *, verbose: bool = False)
     config = loaded.config
     check_model_dir(config.model, key="model")
     check_tokenizer_dir(config.model, key="model")
+    check_files(config.model, key="model")
     api_key = None if config.api_key_file is None else read_api_key(config.api_key_file)
     check_port_free(config.host, config.port)
     stopped: Stop | None = None

@@ -17,6 +17,9 @@ from typing import Any
 
 import psutil
 import ray
+from ray.exceptions import AuthenticationError
+
+from rayllm.errors import InputError
 
 TEMP_PREFIX = "rayllm-"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -42,7 +45,7 @@ def ray_session(
     handlers: dict[signal.Signals, Any] = {signum: signal.getsignal(signum) for signum in SIGNALS}
     level = logging.INFO if verbose else logging.ERROR
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=verbose, logging_level=level)
+        _connect(os.environ["RAY_ADDRESS"], log_to_driver=verbose, logging_level=level)
         _put_back(handlers)
         try:
             yield _nothing
@@ -67,6 +70,16 @@ def ray_session(
             _keep_logs(folder, logs_dir)
         shutil.rmtree(folder, ignore_errors=True)
         _put_back(handlers)
+
+
+def _connect(address: str, **options: Any) -> None:
+    try:
+        ray.init(**options)
+    except (ConnectionError, AuthenticationError) as error:
+        raise InputError(
+            f"RAY_ADDRESS: no connection to {address}: {str(error).splitlines()[0]} If the cluster is up and wants a "
+            "token: export RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
+        ) from None
 
 
 class _Starting:

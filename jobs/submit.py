@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 from rich.console import Console
 
+from rayllm.config.pipeline import PipelineConfig
 from rayllm.errors import InputError
 
 ENDED = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+FAILED, STOPPED = 1, 143
+FINAL = (0, 2, STOPPED)
+"""Exit statuses that another attempt would not change: done, wrong input, stopped."""
+
 READY_TIMEOUT_S = 60
 EXCLUDED = [".git", ".venv", "runs", "**/__pycache__"]
 
@@ -40,6 +47,8 @@ def submit(
     Raises:
         InputError: no cluster answers there, or it refuses the token.
     """
+    if "run_dir" not in type(config).model_fields:
+        raise InputError(f"--address: {module} runs where you are; docs/cluster.md says how to serve on a cluster")
     if not (Path.cwd() / "jobs" / "cli.py").is_file():
         raise InputError("--address: run it from the root of the rayllm checkout, which is shipped to the cluster")
     try:
@@ -50,18 +59,41 @@ def submit(
             runtime_env={"working_dir": ".", "excludes": EXCLUDED},
             metadata={"rayllm": module},
         )
+    except AuthenticationError as error:
+        raise InputError(f"--address: {address} {_explain_refusal(error)}") from None
     except (ConnectionError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         if "No available agent" in reason:  # Ray goes on without it when its fixed port is taken
             reason += "; is port 52365 taken there? `ray start --head --dashboard-agent-listen-port=PORT` uses another"
         raise InputError(f"--address: {address} did not take the job: {reason}") from None
-    console.print(f"[dim]job {job_id} on {address}; `ray job stop {job_id} --address {address}` stops it[/dim]")
+    console.print(f"[dim]job {job_id} on {address}; Ctrl-C stops it, and so does[/dim]", highlight=False)
+    console.print(f"[dim]  ray job stop --address {address} {job_id}[/dim]", highlight=False, soft_wrap=True)
     try:
         asyncio.run(_follow(client, job_id, console))
     except KeyboardInterrupt:
         client.stop_job(job_id)
         raise
     return _exit_status(client, job_id)
+
+
+def submit_stages(arguments: Sequence[str], config: PipelineConfig, address: str, console: Console) -> int:
+    """A pipeline as one Ray job a stage, one after the other. Stages that are done say so and end at once.
+
+    A stage that fails is submitted again, ``config.retries`` times. Wrong input and a stop end the pipeline.
+
+    Returns:
+        0, or the exit status of the stage that ended it.
+    """
+    for stage in config.stages:
+        for attempt in range(1, config.retries + 2):
+            status = submit("pipeline", [*arguments, f"stages=[{stage}]"], config, address, console)
+            if status in FINAL:
+                break
+            attempts = f"attempt {attempt} of {config.retries + 1}"
+            console.print(f"{stage}: {attempts} failed with status {status}", highlight=False)
+        if status:
+            return status
+    return 0
 
 
 def _submit_when_ready(client: JobSubmissionClient, **job: Any) -> str:
@@ -76,6 +108,14 @@ def _submit_when_ready(client: JobSubmissionClient, **job: Any) -> str:
             time.sleep(1)
 
 
+def _explain_refusal(error: AuthenticationError) -> str:
+    if os.environ.get("RAY_AUTH_MODE") != "token":  # Ray sends no token then, even where one lies in its place
+        return "takes jobs only with its token: RAY_AUTH_MODE is not set here; export RAY_AUTH_MODE=token"
+    if "Invalid" in str(error):
+        return "does not know this token; put the cluster's own into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+    return "takes jobs only with its token: put it into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+
+
 async def _follow(client: JobSubmissionClient, job_id: str, console: Console) -> None:
     async for lines in client.tail_job_logs(job_id):
         console.print(lines, end="", markup=False, highlight=False, soft_wrap=True)
@@ -87,4 +127,6 @@ def _exit_status(client: JobSubmissionClient, job_id: str) -> int:
     info = client.get_job_info(job_id)
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    return int(info.driver_exit_code or 1)
+    if info.status == JobStatus.STOPPED:
+        return STOPPED
+    return int(info.driver_exit_code or FAILED)

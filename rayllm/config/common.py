@@ -30,6 +30,12 @@ class DataJobConfig(JobConfig):
     anything starts."""
 
 
+class PlacementConfig(Config):
+    wait_s: float = Field(0, ge=0)
+    """Seconds that the job waits for nodes when the cluster is too small: for one whose autoscaler brings them. 0
+    fails at once, need against have."""
+
+
 class OptimizerConfig(Config):
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` turns each weight matrix of the decoder blocks by an orthogonal step (Jordan et al. 2024), sized so that
@@ -198,6 +204,7 @@ class TrainConfig(DataJobConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     learner: LearnerConfig = LearnerConfig()
     workers: WorkersConfig = WorkersConfig()
+    placement: PlacementConfig = PlacementConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")

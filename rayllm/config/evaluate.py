@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from rayllm.config.common import DataJobConfig
+from rayllm.config.common import DataJobConfig, PlacementConfig
 from rayllm.config.label import RolloutConfig
 
 
@@ -34,6 +34,7 @@ class EvaluateConfig(DataJobConfig):
     """Prompts whose answers are kept side by side for the report."""
 
     rollout: RolloutConfig = RolloutConfig()
+    placement: PlacementConfig = PlacementConfig()
 
     @model_validator(mode="after")
     def _reference_is_a_model(self) -> EvaluateConfig:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rayllm.config.base import Config
-from rayllm.config.common import ActorsConfig, DataJobConfig
+from rayllm.config.common import ActorsConfig, DataJobConfig, PlacementConfig
 
 
 class RolloutConfig(Config):
@@ -91,6 +91,7 @@ class LabelConfig(DataJobConfig):
     best: BestConfig = BestConfig()
 
     rollout: RolloutConfig = RolloutConfig()
+    placement: PlacementConfig = PlacementConfig()
 
     reward: ActorsConfig = ActorsConfig()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayllm.config.base import Config, merge
+from rayllm.config.common import PlacementConfig
 from rayllm.config.evaluate import EvaluateConfig
 from rayllm.config.label import LabelConfig
 from rayllm.config.ppo import PPOConfig
@@ -59,6 +60,15 @@ class PipelineConfig(Config):
     seed: int = 0
     """Seed of every stage that names none."""
 
+    placement: PlacementConfig = PlacementConfig()
+    """Of every stage that names none."""
+
+    stages: tuple[str, ...] = tuple(WIRING)
+    """The stages to run, of those below; the others must be done already where they are needed."""
+
+    retries: int = Field(1, ge=0)
+    """With --address: how often a stage that failed is submitted again. It continues from its last checkpoint."""
+
     world: WorldConfig
     tokenizer: TokenizerConfig
     pretrain: PretrainConfig
@@ -67,6 +77,14 @@ class PipelineConfig(Config):
     reward_model: RewardModelConfig
     ppo: PPOConfig
     evaluate: EvaluateConfig
+
+    @field_validator("stages")
+    @classmethod
+    def _known(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [stage for stage in stages if stage not in WIRING]
+        if unknown or not stages:
+            raise ValueError(f"expected some of {', '.join(WIRING)}")
+        return tuple(stage for stage in WIRING if stage in stages)
 
     @model_validator(mode="before")
     @classmethod
@@ -83,6 +101,8 @@ class PipelineConfig(Config):
             usual = {
                 "run_dir": str(root / stage), "seed": tree.get("seed", 0), "overwrite": True, **_below(root, inputs)
             }
+            if "placement" in cls.model_fields[stage].annotation.model_fields:  # type: ignore[union-attr]
+                usual["placement"] = tree.get("placement") or {}
             if stage == "sft" and given.get("replay"):
                 usual["replay"] = {"documents": str(root / "world/documents.parquet")}
             wired[stage] = merge(usual, given)

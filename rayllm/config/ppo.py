@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from rayllm.config.common import CheckpointConfig, DataJobConfig, OptimizerConfig
+from rayllm.config.common import CheckpointConfig, DataJobConfig, OptimizerConfig, PlacementConfig
 from rayllm.config.data import DataPaths
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.reward import RewardConfig
@@ -68,6 +68,7 @@ class PPOConfig(DataJobConfig):
     reference: ReferenceConfig = ReferenceConfig()
     reward: RewardConfig = RewardConfig()
     rollout: PPORolloutConfig = PPORolloutConfig()
+    placement: PlacementConfig = PlacementConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
 

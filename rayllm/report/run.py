@@ -32,6 +32,7 @@ from rayllm.config.base import Loaded
 from rayllm.config.common import JobConfig
 from rayllm.errors import InputError
 from rayllm.lineage import (
+    INDIFFERENT,
     code_version,
     config_inputs,
     content_id,
@@ -196,8 +197,8 @@ class Run:
         return None
 
     def _differences(self, record: dict[str, Any]) -> list[str]:
-        before = _flatten({k: v for k, v in record.get("config", {}).items() if k not in ("run_dir", "overwrite")})
-        now = _flatten(self.config.model_dump(mode="json", exclude={"run_dir", "overwrite"}))
+        before = _flatten({k: v for k, v in record.get("config", {}).items() if k not in INDIFFERENT})
+        now = _flatten(self.config.model_dump(mode="json", exclude=set(INDIFFERENT)))
         changed = [key for key in now if before.get(key) != now[key]]
         inputs = record.get("inputs", {})
         return changed + [f"content of {key}" for key, value in self._ids.items() if inputs.get(key) != value]

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = Path(__file__).parent / "tiny.yaml"
 
 
-def rayllm(*arguments: object, timeout: float = 600, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def rayllm(
+    *arguments: object, timeout: float = 600, cwd: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """`rayllm ...` in a process of its own, standard output and error together."""
     return subprocess.run(
         [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
@@ -22,7 +24,7 @@ def rayllm(*arguments: object, timeout: float = 600, cwd: Path = ROOT) -> subpro
         text=True,
         timeout=timeout,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**(os.environ if env is None else env), "PYTHONPATH": str(ROOT)},
     )
 
 

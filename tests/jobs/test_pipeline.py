@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -242,76 +241,3 @@ def test_a_failing_worker_is_one_clear_line_and_status_1(tiny_run, tmp_path):
     assert re.search(r"failed: training failed: rank \d.*: the (loss|gradient norm) is (nan|inf)", done.stdout), done.stdout
     assert "Traceback" not in done.stdout
     assert record(tmp_path / "run")["status"] == "failed"
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A Ray cluster of its own with a dashboard, as `ray start --head` makes it."""
-    import socket
-
-    ports = []
-    for _ in range(3):  # Ray's fixed default of the agent's port may be taken by any connection of this machine
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # a job's entry point is `python -m ...`
-    env = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "disabled"}
-    folder = tmp_path_factory.mktemp("ray")
-    command = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
-               f"--dashboard-agent-listen-port={ports[2]}", f"--temp-dir={folder}", "--disable-usage-stats"]  # fmt: skip
-    log = folder / "head.log"
-    with log.open("w") as out:
-        head = subprocess.Popen(
-            [str(Path(sys.executable).parent / command[0]), *command[1:]], stdout=out, stderr=subprocess.STDOUT, env=env
-        )
-    address = f"http://127.0.0.1:{ports[1]}"
-    from ray.job_submission import JobSubmissionClient
-
-    def answers() -> bool:
-        try:
-            JobSubmissionClient(address).submit_job(entrypoint="true")  # refused until the agent is up
-        except Exception:  # whatever the client raises while nobody listens
-            return False
-        return True
-
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    try:
-        wait_for(answers, 90)
-        yield address
-    finally:
-        head.terminate()
-        head.wait(timeout=60)
-
-
-def test_a_job_runs_on_a_cluster_and_returns_its_status(cluster, tiny_run, tmp_path):
-    source, _ = tiny_run
-    done = rayllm(
-        "tokenizer", "--config", source / "tokenizer/config.yaml", f"run_dir={tmp_path / 'run'}", "--address", cluster
-    )
-    assert done.returncode == 0, done.stdout
-    assert "✓ tokenizer" in done.stdout  # the job's own log
-    assert record(tmp_path / "run")["status"] == "done"
-    wrong = rayllm(
-        "tokenizer", "--config", source / "tokenizer/config.yaml", f"run_dir={tmp_path / 'run'}", "vocab_size=400", "overwrite=false",
-        "--address", cluster,
-    )  # fmt: skip
-    assert wrong.returncode == 2 and "overwrite=true" in " ".join(wrong.stdout.split())
-
-
-def test_the_entry_points_work_under_ray_job_submit(cluster, tiny_run, tmp_path):
-    source, _ = tiny_run
-    command = [
-        str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", cluster, "--working-dir", ".",
-        "--runtime-env-json", '{"excludes": [".git", ".venv", "runs"]}', "--", sys.executable, "-m", "jobs.label",
-        "--config", str(source / "label/config.yaml"), f"run_dir={tmp_path / 'run'}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "✓ label" in done.stdout
-    expected = pq.read_table(source / "label/rankings.parquet")
-    assert pq.read_table(tmp_path / "run/rankings.parquet").equals(expected)
-
-
-def test_an_address_without_a_cluster_is_one_line(tmp_path):
-    done = rayllm("world", f"run_dir={tmp_path / 'run'}", "--address", "http://127.0.0.1:9")
-    assert done.returncode == 2 and "did not take the job" in done.stdout
