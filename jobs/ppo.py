@@ -60,7 +60,7 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
                 wait(experience)
             with watch.timed("time/update"):
                 metrics = roles.update(experience, step=step, kl_coef=controls.kl_coef)
-            check_mismatch(metrics, config)
+            check_mismatch(metrics, roles.logprob_tolerance)
             with watch.timed("time/sync"):
                 roles.sync_weights(version=step + 1)
                 roles.move_reference(step + 1)
@@ -87,13 +87,13 @@ def resample(
     return shards, scores
 
 
-def check_mismatch(metrics: Mapping[str, float], config: PPOConfig) -> None:
+def check_mismatch(metrics: Mapping[str, float], tolerance: float) -> None:
     """Sampler and learner must agree on the tokens' probabilities, or the policy gradient is of another policy."""
     mismatch = metrics.get("rollout/logprob_mismatch", 0.0)  # none where every token is of older weights
-    if not mismatch <= config.max_logprob_mismatch:
+    if not mismatch <= tolerance:
         raise RuntimeError(
-            f"sampler and learner disagree by {mismatch:.3g} nats a token (max_logprob_mismatch="
-            f"{config.max_logprob_mismatch:g}): the rollout actors' weights are not the policy's"
+            f"sampler and learner disagree by {mismatch:.3g} nats a token, more than max_logprob_mismatch="
+            f"{tolerance:g}: the rollout actors' weights are not the policy's"
         )
 
 

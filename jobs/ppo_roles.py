@@ -14,8 +14,8 @@ from actors.fleet import (
     Dispatcher,
     engine_dtype,
     engine_workers,
+    logprob_tolerance,
     probe_tokens,
-    probe_tolerance,
     rollout_role,
     start_rollout_actors,
 )
@@ -127,6 +127,12 @@ class Roles:
             "deepspeed": collect(self.setups["policy"], "policy")[0],
         }
 
+    @property
+    def logprob_tolerance(self) -> float:
+        """Nats a token by which sampler and learner may differ."""
+        dtypes = engine_dtype(self.config.rollout), self.config.policy.learner.dtype
+        return logprob_tolerance(self.config.max_logprob_mismatch, *dtypes)
+
     def _join_engines(self) -> None:
         """Where weights do not go through memory: rank 0 and all engines in one group, or each rank with its engine."""
         kind = self.config.rollout.weight_transfer
@@ -195,7 +201,7 @@ class Roles:
             weights,
             probe=self.probe,
             expected=[expected],
-            tolerance=probe_tolerance(dtype, self.config.policy.learner.dtype),
+            tolerance=self.logprob_tolerance,
             keep_cache=self.config.rollout.keep_cache,
         )
         collect(sending, "policy")

@@ -50,10 +50,10 @@ class PPOConfig(DataJobConfig):
     turns; 1: the next step is sampled while this one is learned; more: further ahead. Weights change under way, between
     two tokens."""
 
-    max_logprob_mismatch: float = Field(0.1, gt=0)
-    """Stop when the sampler's and the learner's log-probabilities of the same tokens under the same weights differ by
-    more than this on average, in nats: the weights are then not in step. Below 1e-4 in float32, 0.02 to 0.08
-    in bfloat16."""
+    max_logprob_mismatch: float | None = Field(None, gt=0)
+    """Nats a token by which sampler and learner may differ about the same text, on average: in every step, and in the
+    proof after every sync. More means other weights, and stops the run. Null: 0.01 where both compute in float32, else
+    0.25, for half precision is coarse on improbable tokens."""
 
     algorithm: AlgorithmConfig = AlgorithmConfig()
     shaping: ShapingConfig = ShapingConfig()
