@@ -16,6 +16,7 @@ from rayllm.config.reward import EnvironmentSource, FunctionSource, RewardConfig
 from rayllm.data.rollout import Rollout, SampledTurn, collate
 from rayllm.data.scores import sample_ids_of
 from rayllm.errors import InputError, RewardError
+from rayllm.sandbox import check_sandbox
 from tests.actors import reward_functions as functions
 
 ROWS = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
@@ -195,6 +196,29 @@ def test_verifiers_read_the_rows_column(make, shard):
     longest = VerifierSource(verifier="length", max_tokens=int(shard.action_mask.sum(1).max()) - 1)
     counts = shard.action_mask.sum(1)
     assert scores(make(longest), shard).values.tolist() == (counts < counts.max()).float().tolist()
+
+
+def test_programs_that_mean_harm_get_nothing_and_the_others_their_reward(make, tiny_tokenizer):
+    try:
+        check_sandbox()
+    except InputError as error:
+        pytest.skip(str(error))
+    texts = [
+        "import time\ntime.sleep(1000)", "import socket\nsocket.create_connection(('127.0.0.1', 22))",
+        "import os\nwhile True: os.fork()", "f = open('/tmp/x', 'wb')\nwhile True: f.write(b'x' * 10**6)",
+        "x = []\nwhile True: x.append(bytearray(10**6))", "print('success')\nraise SystemExit(0)",
+        "Here it is:\n```python\ndef one():\n    return 1\n```",
+    ]  # fmt: skip
+    rollouts = [
+        Rollout(
+            prompt_id=0, prompt_token_ids=(5,), token_ids=tuple(ids), logprobs=(0.0,) * len(ids), finish_reason="stop",
+            policy_versions=(0,) * len(ids),
+        )
+        for ids in map(tiny_tokenizer.encode, texts)
+    ]  # fmt: skip
+    source = VerifierSource(verifier="code", column="tests", cpu_s=1, memory_mb=256)
+    found = scores(make(source, [{"tests": ["assert one() == 1"]}]), collate(rollouts, pad_token_id=0))
+    assert found.values.tolist() == [0.0] * 6 + [1.0] and found.num_failures == 0
 
 
 def test_a_verifier_fails_on_a_right_answer_that_it_cannot_read(make, shard):
