@@ -7,14 +7,17 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from actors.environment import device_of
 from actors.scoring import micro_batches
 from rayllm.algorithms.advantages import has_signal
-from rayllm.algorithms.rewards import RunningMoments, standardize
+from rayllm.algorithms.ensembles import combine_ensemble
+from rayllm.algorithms.rewards import RunningMoments
 from rayllm.data.experience import Experience, concat
 from rayllm.data.files import Row
+from rayllm.data.padding import pad_right
 from rayllm.errors import InputError
 from rayllm.models.heads import ScalarModel, sequence_rewards
 from rayllm.named import import_named
@@ -59,25 +62,57 @@ class RewardSource:
 
 
 class RewardActor(RewardSource):
-    """Scores responses with a frozen reward model."""
+    """Scores responses with a frozen reward model, or with an ensemble: several heads, several models, or both."""
 
-    def __init__(self, *, model: str, micro_batch_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        model: str | Sequence[str],
+        micro_batch_size: int,
+        uncertainty: str = "none",
+        uncertainty_coef: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            model: folder of the reward model, or of each of several.
+            micro_batch_size: most rows in one forward pass.
+            uncertainty: kind of `combine_ensemble`.
+            uncertainty_coef: its coef.
+        """
         self.device = device_of()
         self.micro_batch_size = micro_batch_size
-        self.model = ScalarModel.from_folder(model).to(self.device).eval()
-        config = self.model.classifier.config
-        self.mean = float(getattr(config, "reward_mean", 0.0))  # of another maker's reward model: as it is
-        self.std = float(getattr(config, "reward_std", 1.0))
+        self.uncertainty, self.uncertainty_coef = uncertainty, uncertainty_coef
+        folders = [model] if isinstance(model, str) else model
+        self.models = [ScalarModel.from_folder(folder).to(self.device).eval() for folder in folders]
+
+    def score(self, shard: Experience) -> torch.Tensor:
+        """(B,) float32: of an ensemble with what its disagreement takes off."""
+        return combine_ensemble(self.members(shard), kind=self.uncertainty, coef=self.uncertainty_coef)[0]
 
     @torch.no_grad()
-    def score(self, shard: Experience) -> torch.Tensor:
-        """(B,) float32, standardised by the mean and deviation that the reward model's training measured."""
-        parts = []
-        for part in micro_batches(shard, self.micro_batch_size):
-            part = part.to(self.device)
-            scores = self.model(part.sequences, part.attention_mask)
-            parts.append(sequence_rewards(scores, part.attention_mask).cpu())
-        return standardize(torch.cat(parts), mean=self.mean, std=self.std)
+    def members(self, shard: Experience) -> torch.Tensor:
+        """(B, H) float32: of every head of every model, standardised by the mean and deviation that its training
+        measured on held-out data."""
+        parts = micro_batches(shard, self.micro_batch_size)
+        columns = []
+        for model in self.models:
+            mean, std = model.moments()
+            scores = [self._read(model, part.sequences, part.attention_mask) for part in parts]
+            columns.append((torch.cat(scores) - mean) / std)
+        return torch.cat(columns, 1)
+
+    @torch.no_grad()
+    def raw_scores(self, sequences: list[np.ndarray]) -> torch.Tensor:
+        """(B, H) float32 of prompts with responses as they come from the heads."""
+        columns = []
+        for model in self.models:
+            parts = [sequences[i : i + self.micro_batch_size] for i in range(0, len(sequences), self.micro_batch_size)]
+            columns.append(torch.cat([self._read(model, *pad_right(part, 0)) for part in parts]))
+        return torch.cat(columns, 1)
+
+    def _read(self, model: ScalarModel, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        tokens, mask = tokens.to(self.device), mask.to(self.device)
+        return sequence_rewards(model(tokens, mask), mask).reshape(len(tokens), -1).cpu()
 
 
 class GoldRewardActor(RewardSource):

@@ -107,6 +107,7 @@ def rank(
                 "response_ids": [list(rollouts[index].token_ids) for index in chosen],
                 "ranks": rank_responses([judged[index].gold for index in chosen], noise=noise, rng=rng),
                 "labeler": f"{config.labeler}, noise {noise:g}",
+                "kind": prompts.rows[prompt_id]["kind"],
             }
         )
     golds = [verdict.gold for verdict in judged]

@@ -106,9 +106,10 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     """The `ppo` job."""
     config = loaded.config
     check_model_dir(config.model, key="model")
-    for key, path in (("reward_model", config.reward_model), ("critic.model", config.critic.model)):
-        if path is not None:
-            check_model_dir(path, key=key)
+    for path in config.reward_models:
+        check_model_dir(path, key="reward_model")
+    if config.critic.model is not None:
+        check_model_dir(config.critic.model, key="critic.model")
     for key, path in (("prompts", config.prompts), ("eval.prompts", config.eval.prompts),
                       ("ptx.documents", config.ptx.documents), ("eval.documents", config.eval.documents)):  # fmt: skip
         if path is not None:

@@ -224,5 +224,10 @@ def _start_reward(config: PPOConfig, role: Role, prompts: PromptData) -> ActorGr
         return ActorGroup(role, FunctionRewardActor, lambda rank: {"function": config.reward.function, **texts})
     if config.reward.source == "environment":
         return ActorGroup(role, EnvironmentRewardActor, lambda rank: {})
-    arguments = {"model": str(config.reward_model), "micro_batch_size": config.reward.micro_batch_size}
+    arguments = {
+        "model": [str(path) for path in config.reward_models],
+        "micro_batch_size": config.reward.micro_batch_size,
+        "uncertainty": config.reward.uncertainty,
+        "uncertainty_coef": config.reward.uncertainty_coef,
+    }
     return ActorGroup(role, RewardActor, lambda rank: arguments)

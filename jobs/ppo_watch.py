@@ -151,6 +151,10 @@ class Watch:
                 scored = reward.map(RewardActor.rewards, [batch])
             (rewards,) = collect(scored, "reward")
             figures["rewards"] = float(rewards.mean())
+            if self.config.reward.source == "model":
+                (members,) = collect(reward.map(RewardActor.members, [batch]), "reward")
+                figures["rewards_mean"] = float(members.mean())  # before disagreement takes anything off
+                figures["rewards_spread"] = float(members.std(1, correction=0).mean())
         if self.config.eval.judge == "gold":
             figures |= summarize(judge_rollouts(held_out.rows, rollouts, self.tokenizer))
         return figures

@@ -93,8 +93,9 @@ def config_inputs(config: Config, *, skip: tuple[str, ...] = ("run_dir",)) -> di
             found[name] = value
         elif isinstance(value, Config):
             found.update({f"{name}.{key}": path for key, path in config_inputs(value, skip=()).items()})
-        elif isinstance(value, dict):
-            found.update({f"{name}.{key}": path for key, path in value.items() if isinstance(path, Path)})
+        elif isinstance(value, dict | tuple):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            found.update({f"{name}.{key}": path for key, path in items if isinstance(path, Path)})
     return found
 
 
@@ -151,4 +152,7 @@ def _remove(tree: dict[str, Any], key: str) -> None:
     *parents, leaf = key.split(".")
     for parent in parents:
         tree = tree.get(parent, {})
-    tree.pop(leaf, None)
+    if isinstance(tree, list):
+        tree[int(leaf)] = None
+    else:
+        tree.pop(leaf, None)

@@ -1,4 +1,4 @@
-"""One reward out of the scores of several reward models, or several heads of one. Shapes: B responses, H scores each."""
+"""One reward out of the scores of several reward models, or of several heads: B responses, H scores each."""
 
 from __future__ import annotations
 

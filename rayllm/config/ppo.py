@@ -27,8 +27,9 @@ class PPOConfig(JobConfig):
     model: Path
     """Model folder that policy and reference start from: the SFT model."""
 
-    reward_model: Path | None = None
-    """Model folder of the reward model; the critic starts from it too. Needed where reward.source=model."""
+    reward_model: Path | tuple[Path, ...] | None = None
+    """Model folder of the reward model, or a list of several, which score as an ensemble (`reward.uncertainty`); the
+    critic starts from the first. Needed where reward.source=model."""
 
     prompts: Path | None = None
     """Prompts to learn on: Parquet or JSONL with a `prompt` column (messages or text). Needed unless an environment
@@ -72,7 +73,13 @@ class PPOConfig(JobConfig):
     @property
     def critic_start(self) -> Path:
         """Folder that the critic starts from."""
-        return self.critic.model or self.reward_model or self.model
+        return self.critic.model or next(iter(self.reward_models), self.model)
+
+    @property
+    def reward_models(self) -> tuple[Path, ...]:
+        """The reward models' folders, none in a run without."""
+        given = self.reward_model
+        return given if isinstance(given, tuple) else () if given is None else (given,)
 
     @property
     def off_policy(self) -> str:
@@ -117,7 +124,7 @@ class PPOConfig(JobConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PPOConfig:
-        if self.reward_model is None and self.reward.source == "model":
+        if not self.reward_models and self.reward.source == "model":
             raise ValueError("reward_model: required but not given (with reward.source=gold none is needed)")
         if (self.reward.source == "function") != (self.reward.function is not None):
             raise ValueError(

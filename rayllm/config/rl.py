@@ -79,6 +79,13 @@ class RewardActorsConfig(ActorsConfig):
     """`module:name` of the Python function that scores when source=function: f(prompts, responses, token_ids, rows)
     returns a number for each response."""
 
+    uncertainty: Literal["none", "mean_std", "worst"] = "none"
+    """What several reward models, or several heads of one, make of a response that they disagree on: their mean
+    (`none`), the mean less their deviation (`mean_std`), or the least score (`worst`; Coste et al. 2023)."""
+
+    uncertainty_coef: float = Field(1.0, ge=0)
+    """Weight of the deviation in `mean_std`."""
+
 
 class AlgorithmConfig(Config):
     """What is computed from a step's responses. The defaults are PPO as in InstructGPT (Ouyang et al. 2022)."""

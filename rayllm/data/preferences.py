@@ -2,12 +2,15 @@
 
 A ranking row of a Parquet file has `prompt` (messages), `responses` (texts, all different), `response_ids` (the
 tokens as sampled, end-of-turn token included where the model produced it), `ranks` (0 is best, ties share a rank),
-`labeler`. `response_ids` may be null for rankings made elsewhere: the text is then encoded with the template.
+`labeler`; and if there are any, `scores` (how good the labeler found each response, in whatever unit) and `kind` or
+`category` of the prompt. `response_ids` may be null for rankings made elsewhere: the text is then encoded with the
+template.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,28 @@ class Ranking:
     labeler: str | None = None
     """Who ranked."""
 
+    scores: list[float] | None = None
+    """Aligned to ``sequences``: how good the labeler found each response, higher is better."""
+
+    category: str | None = None
+    """What kind of prompt it is."""
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) responses of every pair that has a better one."""
+        numbered = list(enumerate(self.ranks))
+        return [(i, j) for i, a in numbered for j, b in numbered if a < b]
+
     @property
     def num_pairs(self) -> int:
         """Pairs with a better and a worse response."""
-        ranks = self.ranks
-        return sum(a != b for i, a in enumerate(ranks) for b in ranks[:i])
+        return len(self.pairs)
+
+    def select(self, rows: Sequence[int]) -> Ranking:
+        """The ranking of these responses alone."""
+        scores = None if self.scores is None else [self.scores[row] for row in rows]
+        sequences, ranks = [self.sequences[row] for row in rows], [self.ranks[row] for row in rows]
+        return replace(self, sequences=sequences, ranks=ranks, scores=scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +81,13 @@ def read_rankings(path: Path, tokenizer: Any, *, max_length: int) -> RankingData
     rankings = []
     dropped = {"response longer than max_length": 0, "no pair with a better response": 0}
     for row in read_rows(path, ["prompt", "responses", "ranks"], check=_problem):
-        sequences, ranks = [], []
         prompt = prompt_token_ids(tokenizer, prompt_messages(row["prompt"]))
-        for sequence, rank in zip(_encode(row, tokenizer, prompt), row["ranks"], strict=True):
-            if len(sequence) > max_length:
-                dropped["response longer than max_length"] += 1
-            else:
-                sequences.append(sequence)
-                ranks.append(int(rank))
-        ranking = Ranking(sequences, ranks, len(prompt), row.get("labeler"))
+        category = row.get("category") or row.get("kind")
+        sequences, ranks = _encode(row, tokenizer, prompt), [int(rank) for rank in row["ranks"]]
+        ranking = Ranking(sequences, ranks, len(prompt), row.get("labeler"), row.get("scores"), category)
+        fits = [index for index, sequence in enumerate(sequences) if len(sequence) <= max_length]
+        dropped["response longer than max_length"] += len(sequences) - len(fits)
+        ranking = ranking.select(fits)
         if ranking.num_pairs:
             rankings.append(ranking)
         else:
@@ -93,4 +111,9 @@ def _problem(row: Row) -> str | None:
         return f"{len(responses)} responses but {len(ranks)} ranks"
     if not all(isinstance(rank, int) and rank >= 0 for rank in ranks):
         return f"'ranks' must be whole numbers from 0 (best), got {ranks}"
+    scores = row.get("scores")
+    if scores is not None and not (
+        isinstance(scores, list) and len(scores) == len(ranks) and all(isinstance(s, int | float) for s in scores)
+    ):
+        return f"'scores' must be {len(ranks)} numbers, one a response, got {scores!r:.60}"
     return messages_problem(row["prompt"])

@@ -93,8 +93,9 @@ class ScalarModel(nn.Module):
 
 
 def sequence_rewards(scores: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """(B,), or (B, H) of an ensemble: the score at each row's last real token, which ends the assistant's turn. Whatever
-    token that is, and whatever tokens are like it: only the mask tells padding.
+    """(B,), or (B, H) of an ensemble: the score at each row's last real token, which ends the assistant's turn.
+
+    Only the mask tells where that is: no token stands for padding.
 
     Args:
         scores: (B, T) or (B, T, H) of `ScalarModel`.

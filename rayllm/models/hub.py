@@ -28,10 +28,12 @@ def fetch_models(loaded: Loaded[ConfigT]) -> Loaded[ConfigT]:
     tree = loaded.config.model_dump()
     for key, path in on_hub.items():
         *parents, leaf = key.split(".")
-        section: dict[str, Any] = tree
+        section: Any = tree
         for parent in parents:
+            if isinstance(section[parent], tuple):
+                section[parent] = list(section[parent])
             section = section[parent]
-        section[leaf] = fetch(path, key=key)
+        section[int(leaf) if isinstance(section, list) else leaf] = fetch(path, key=key)
     return validate(type(loaded.config), tree, loaded.origins)
 
 

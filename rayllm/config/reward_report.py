@@ -1,0 +1,23 @@
+"""Config of the `reward-report` job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from rayllm.config.common import JobConfig
+from rayllm.config.rl import ActorsConfig
+
+
+class RewardReportConfig(JobConfig):
+    model: Path
+    """Model folder of the reward model: ours, or any classifier of one label for transformers."""
+
+    rankings: Path
+    """Rankings that it was not trained on, pairs or longer; a `kind` or `category` column sorts them."""
+
+    max_length: int = Field(512, ge=8)
+    """Longest prompt with response, in tokens; longer responses are dropped and counted."""
+
+    reward: ActorsConfig = ActorsConfig()
