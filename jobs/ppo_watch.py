@@ -153,8 +153,9 @@ class Watch:
             figures["rewards"] = float(rewards.mean())
             if self.config.reward.source == "model":
                 (members,) = collect(reward.map(RewardActor.members, [batch]), "reward")
-                figures["rewards_mean"] = float(members.mean())  # before disagreement takes anything off
-                figures["rewards_spread"] = float(members.std(1, correction=0).mean())
+                if members.shape[1] > 1:  # each before disagreement takes anything off
+                    figures |= {f"rewards_{number}": float(mean) for number, mean in enumerate(members.mean(0))}
+                    figures["rewards_spread"] = float(members.std(1, correction=0).mean())
         if self.config.eval.judge == "gold":
             figures |= summarize(judge_rollouts(held_out.rows, rollouts, self.tokenizer))
         return figures

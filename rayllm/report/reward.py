@@ -190,11 +190,10 @@ def by_margin(scored: Scored) -> list[dict[str, Any]]:
 
 
 def by_agreement(scored: Scored) -> list[dict[str, Any]]:
-    """By how many people ordered the pair alike, of pairs that several people ordered; ties among people are left out.
-
-    The label that counts is that of the majority.
-    """
+    """By how many labels order the pair alike, of pairs that several labelers ordered; where it is a draw it is left
+    out. What counts as right is the majority's order."""
     flat = [s.tobytes() for r in scored.rankings for s in r.sequences]
+    labelers = [scored.rankings[number].labeler for number in scored.owner[scored.pairs[:, 0]]]
     votes: dict[tuple[bytes, bytes], list[int]] = {}
     for index, (better, worse) in enumerate(scored.pairs):
         first, second = sorted((flat[better], flat[worse]))
@@ -204,7 +203,7 @@ def by_agreement(scored: Scored) -> list[dict[str, Any]]:
         ahead = [i for i in indices if i >= 0]
         behind = [-i - 1 for i in indices if i < 0]
         most, least = (ahead, behind) if len(ahead) > len(behind) else (behind, ahead)
-        if len(indices) > 1 and len(most) > len(least):
+        if len({labelers[i] for i in ahead + behind}) > 1 and len(most) > len(least):
             labels[most[0]] = "all agree" if not least else "a majority agrees"
     return grouped(scored, labels)
 
