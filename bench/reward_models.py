@@ -88,7 +88,8 @@ def prepare(source: Path, target: Path) -> None:
     kinds = {row["prompt"][0]["content"]: row["kind"] for row in read_rows(source / "world/prompts_label.parquet", [])}
     heldout = list(read_rows(source / "label/heldout_rankings.parquet", ["prompt"]))
     if not (target / "few.parquet").is_file():
-        write_parquet([{**row, "kind": kinds[row["prompt"][0]["content"]]} for row in heldout], target / "heldout.parquet")
+        rows = [{**row, "kind": kinds[row["prompt"][0]["content"]]} for row in heldout]
+        write_parquet(rows, target / "heldout.parquet")
         write_parquet(list(read_rows(source / "label/rankings.parquet", []))[:FEW], target / "few.parquet")
 
 
