@@ -82,7 +82,9 @@ def test_pairwise_reads_each_pair_by_itself(engine):
     whole = task_of(config())
     assert tokens > sum(whole.num_tokens(batch) for batch in whole.micro_batches(0, 0, 1))
     rewards = engine.model(*_padded([s for e in task.train for s in e.ranking.sequences])).detach()
-    rewards = torch.stack([row[len(s) - 1] for row, s in zip(rewards, [s for e in task.train for s in e.ranking.sequences], strict=True)])
+    rewards = torch.stack(
+        [row[len(s) - 1] for row, s in zip(rewards, [s for e in task.train for s in e.ranking.sequences], strict=True)]
+    )
     torch.testing.assert_close(loss_of(task, engine), pairwise_loss(rewards[::2], rewards[1::2]))
 
 
@@ -138,10 +140,18 @@ def test_held_out_scores_are_of_their_responses(engine):
 def test_an_ensemble_trains_and_its_folder_and_report_agree(tiny_run, tmp_path):
     source, _ = tiny_run
     overrides = ["loss=plackett_luce", "ensemble.num_heads=3", "labeler_weights={'gold, noise 0.2': 2}"]
-    done = rayllm("reward-model", "--config", source / "reward_model/config.yaml", f"run_dir={tmp_path / 'rm'}", *overrides)
+    done = rayllm(
+        "reward-model", "--config", source / "reward_model/config.yaml", f"run_dir={tmp_path / 'rm'}", *overrides
+    )
     assert done.returncode == 0, done.stdout
     report = json.loads((tmp_path / "rm" / REPORT).read_text())
-    assert report["num_heads"] == 3 and {row["group"] for row in report["by_category"]} <= {"fact", "howto", "unknown", "unsafe", "chat"}
+    assert report["num_heads"] == 3 and {row["group"] for row in report["by_category"]} <= {
+        "fact",
+        "howto",
+        "unknown",
+        "unsafe",
+        "chat",
+    }
     assert "Reward model: " in (tmp_path / "rm/report.html").read_text()
     assert 'id="reward-model"' in (source / "report.html").read_text()  # that of the pipeline shows its own
 
@@ -150,13 +160,17 @@ def test_an_ensemble_trains_and_its_folder_and_report_agree(tiny_run, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm/model")
     data = read_rankings(source / "label/heldout_rankings.parquet", tokenizer, max_length=512)
     with torch.no_grad():
-        scores = torch.cat([classifier(input_ids=torch.tensor(s)[None]).logits for r in data.rankings for s in r.sequences])
+        scores = torch.cat(
+            [classifier(input_ids=torch.tensor(s)[None]).logits for r in data.rankings for s in r.sequences]
+        )
     np.testing.assert_allclose(classifier.config.reward_mean, scores.mean(0), atol=1e-5)
     np.testing.assert_allclose(classifier.config.reward_std, scores.std(0, correction=0), atol=1e-5)
 
     # Read again by the report's own job, from a plain file of pairs of another format's columns.
     rows = pq.read_table(source / "label/heldout_rankings.parquet").to_pylist()
-    write_parquet([{key: row[key] for key in ("prompt", "responses", "ranks")} for row in rows], tmp_path / "rows.parquet")
+    write_parquet(
+        [{key: row[key] for key in ("prompt", "responses", "ranks")} for row in rows], tmp_path / "rows.parquet"
+    )
     again = rayllm("reward-report", f"run_dir={tmp_path / 'report'}", f"model={tmp_path / 'rm/model'}",
                    f"rankings={tmp_path / 'rows.parquet'}", "reward.num_actors=2", "reward.micro_batch_size=7")  # fmt: skip
     assert again.returncode == 0, again.stdout
@@ -173,6 +187,8 @@ def test_ppo_takes_several_reward_models_and_logs_each(tiny_run, tmp_path):
     assert done.returncode == 0, done.stdout
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     last = events[-1]["metrics"]
-    assert last["eval/rewards"] <= min(last["eval/rewards_0"], last["eval/rewards_1"]) and last["eval/rewards_spread"] > 0
+    assert (
+        last["eval/rewards"] <= min(last["eval/rewards_0"], last["eval/rewards_1"]) and last["eval/rewards_spread"] > 0
+    )
     parents = json.loads((tmp_path / "run/run.json").read_text())["parents"]
     assert {"reward_model.0", "reward_model.1"} <= {parent["role"] for parent in parents}

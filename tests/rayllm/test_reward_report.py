@@ -37,7 +37,10 @@ def accuracies(rows: list[dict]) -> dict[str, tuple[float, int]]:
 
 def test_pairs_ties_and_groups_by_hand():
     # Prompt 1: ranks 0, 1, 1 with scores 2, 3, 1: pairs right and wrong. Prompt 2: 0, 2 with equal scores: half.
-    rankings = [ranking(1, [1, 2, 3], [0, 1, 1], category="a", labeler="x"), ranking(2, [4, 5], [0, 2], category="b", labeler="y")]
+    rankings = [
+        ranking(1, [1, 2, 3], [0, 1, 1], category="a", labeler="x"),
+        ranking(2, [4, 5], [0, 2], category="b", labeler="y"),
+    ]
     found = report(rankings, [2, 3, 1, 5, 5])
     assert pair_accuracy(Scored(rankings, np.array([[2.0], [3], [1], [5], [5]]))) == (0.5, pytest.approx(0.0))
     assert found["num_prompts"] == 2 and found["num_pairs"] == 3 and found["num_responses"] == 5
@@ -60,7 +63,9 @@ def test_margins_are_quarters_of_the_scores_that_labelers_gave():
 def test_agreement_is_among_people_and_the_majority_is_right():
     # Three people on one pair, two against one; then two people alike; one person twice is nobody's agreement.
     pair = {"lengths": [1, 2]}
-    rankings = [ranking(1, ranks=[0, 1], labeler=name, **pair) for name in "xy"] + [ranking(1, ranks=[1, 0], labeler="z", **pair)]
+    rankings = [ranking(1, ranks=[0, 1], labeler=name, **pair) for name in "xy"] + [
+        ranking(1, ranks=[1, 0], labeler="z", **pair)
+    ]
     rankings += [ranking(2, ranks=[0, 1], labeler=name, **pair) for name in "xy"]
     rankings += [ranking(3, ranks=[0, 1], labeler="x", **pair)] * 2
     found = report(rankings, [0, 1] * 3 + [1, 0] * 2 + [1, 0] * 2)

@@ -36,7 +36,9 @@ def test_one_member_is_taken_at_its_word(kind):
 @pytest.mark.parametrize("kind", ENSEMBLE_KINDS)
 def test_the_order_of_the_members_does_not_matter(kind):
     rewards = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    for found, again in zip(combine_ensemble(rewards, kind=kind), combine_ensemble(rewards[:, [2, 0, 3, 1]], kind=kind), strict=True):
+    for found, again in zip(
+        combine_ensemble(rewards, kind=kind), combine_ensemble(rewards[:, [2, 0, 3, 1]], kind=kind), strict=True
+    ):
         torch.testing.assert_close(found, again)
 
 
