@@ -84,11 +84,11 @@ def run(name: str, source: Path, target: Path) -> None:
 
 
 def prepare(source: Path, target: Path) -> None:
-    """The few rankings, and the held-out ones with the kinds of their prompts."""
+    """The few rankings, and the held-out ones with the kinds of their prompts as categories."""
     kinds = {row["prompt"][0]["content"]: row["kind"] for row in read_rows(source / "world/prompts_label.parquet", [])}
     heldout = list(read_rows(source / "label/heldout_rankings.parquet", ["prompt"]))
     if not (target / "few.parquet").is_file():
-        rows = [{**row, "kind": kinds[row["prompt"][0]["content"]]} for row in heldout]
+        rows = [{**row, "category": kinds[row["prompt"][0]["content"]]} for row in heldout]
         write_parquet(rows, target / "heldout.parquet")
         write_parquet(list(read_rows(source / "label/rankings.parquet", []))[:FEW], target / "few.parquet")
 

@@ -54,7 +54,8 @@ def losses_part(losses: dict[str, Any]) -> tuple[str, bool]:
         mean, share = np.mean(found["accuracies"]), found["tokens"] / pairwise["tokens"]
         listed = ", ".join(f"{100 * value:.1f}" for value in found["accuracies"])
         rows.append(
-            f"| {name} | {100 * mean:.1f} % ({listed}) | {100 * found['calibration']:.1f} % | {found['tokens']:,} | {share:.0%} |"
+            f"| {name} | {100 * mean:.1f} % ({listed}) | {100 * found['calibration']:.1f} % | {found['tokens']:,} | "
+            f"{share:.0%} |"
         )
         if name != "pairwise":
             good &= bool(mean >= np.mean(pairwise["accuracies"])) and share <= 0.6
@@ -62,10 +63,10 @@ def losses_part(losses: dict[str, Any]) -> tuple[str, bool]:
     seeds = len(pairwise["accuracies"])
     told = (
         f"The quickstart's noisy rankings (k = 4, equal answers merged), learning rate "
-        f"{settings['optimizer']['learning_rate']:g}, {seeds} seed{'s' if seeds > 1 else ''} (in brackets); accuracy on "
-        f"{pairwise['pairs']} pairs of {pairwise['prompts']} held-out prompts, labelled without noise, where chance alone "
-        "moves a figure by about 2 points. `pairwise` has each pair as a row of its own and reads a response once for "
-        "every pair that it is in; the others read it once."
+        f"{settings['optimizer']['learning_rate']:g}, {seeds} seed{'s' if seeds > 1 else ''} (in brackets); accuracy "
+        f"on {pairwise['pairs']} pairs of {pairwise['prompts']} held-out prompts, labelled without noise. `pairwise` "
+        "has each pair as a row of its own and reads a response once for every pair that it is in; the others read it "
+        "once."
     )
     said = (
         "Both losses over whole rankings reach pairwise's accuracy at no more than 60 % of its tokens."
@@ -112,28 +113,36 @@ def curves_part(curves: dict[str, Points], accuracies: Sequence[float], *, few: 
     listed = ", ".join(f"{100 * value:.0f}" for value in accuracies)
     told = (
         f"{len(accuracies)} reward models learn from the same {few} rankings with other seeds (held-out pair accuracy "
-        f"{listed} %): few enough that PPO finds what they get wrong. PPO runs against the first of them alone, and against "
-        "all of them with a penalty where they disagree; it is given a large rate and a small KL coefficient so that it "
-        "goes far. The reward-model score in the table is that of the first model in every run, in deviations of its "
-        "held-out rewards; gold is the toy world's exact judge, on 300 held-out prompts."
+        f"{listed} %): few enough that PPO finds what they get wrong. PPO runs against the first of them alone, and "
+        "against all of them with a penalty where they disagree; it is given a large rate and a small KL coefficient "
+        "so that it goes far. The reward-model score in the table is that of the first model in every run, in "
+        "deviations of its held-out rewards; gold is the toy world's exact judge, on 300 held-out prompts."
     )
     gains = ", ".join(f"{LABELS[name]} {gain:+.2f}" for name, gain in better.items())
     good = all(gain > 0 for gain in better.values())
     said = f"Gold score at equal reward-model score, mean over the rows, against one reward model: {gains}."
     if not good:
         said += " **Not kept: an ensemble does not keep more of the gold score here.**"
-    text = ["## Over-optimisation: one reward model, and an ensemble that says where it is unsure", told, "\n".join(rows), said,
-            "![Gold score and reward-model score over KL](overoptimisation.svg)",
-            "Left and middle: the course of each run over its distance from the SFT model. Right: the one against the other; "
-            "the further up at the same place, the less the policy lives off the reward model's mistakes."]  # fmt: skip
+    text = [
+        "## Over-optimisation: one reward model, and an ensemble that says where it is unsure",
+        told,
+        "\n".join(rows),
+        said,
+        "![Gold score and reward-model score over KL](overoptimisation.svg)",
+        "Left and middle: the course of each run over its distance from the SFT model. Right: the one against the "
+        "other; the further up at the same place, the less the policy lives off the reward model's mistakes.",
+    ]
     return "\n\n".join(text), good
 
 
 def picture(curves: dict[str, Points]) -> str:
     """Three panels as one SVG: reward-model score over KL, gold over KL, gold over reward-model score."""
     wide, high, gap = 300, 240, 60
-    panels = (("KL, nats an answer", "reward-model score", "kl", "proxy"), ("KL, nats an answer", "gold score", "kl", "gold"),
-              ("reward-model score", "gold score", "proxy", "gold"))  # fmt: skip
+    panels = (
+        ("KL, nats an answer", "reward-model score", "kl", "proxy"),
+        ("KL, nats an answer", "gold score", "kl", "gold"),
+        ("reward-model score", "gold score", "proxy", "gold"),
+    )
     parts = []
     for number, (across, up, x_key, y_key) in enumerate(panels):
         left = 50 + number * (wide + gap)
@@ -160,8 +169,9 @@ def picture(curves: dict[str, Points]) -> str:
         parts.append(f'<text x="{at + 24}" y="{high + 74}">{LABELS[name]}</text>')
     width, height = 50 + 3 * wide + 2 * gap + 20, high + 90
     style = 'font-family="system-ui, sans-serif" font-size="12" fill="#5c6168"'
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" {style}>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>'
         f'<rect width="100%" height="100%" fill="#ffffff"/>{"".join(parts)}</svg>\n'
     )
 

@@ -14,8 +14,8 @@ from actors.reward import RewardActor
 from jobs.session import ray_session
 from rayllm.config.base import Loaded
 from rayllm.config.reward_report import RewardReportConfig
-from rayllm.data.files import check_data_file
 from rayllm.data.preferences import read_rankings
+from rayllm.data.sources import check_sources
 from rayllm.errors import InputError
 from rayllm.lineage import write_json
 from rayllm.models.loading import check_model_dir, load_tokenizer
@@ -30,15 +30,16 @@ def run(loaded: Loaded[RewardReportConfig], console: Console, *, verbose: bool =
     """The `reward-report` job."""
     config = loaded.config
     check_model_dir(config.model, key="model")
-    check_data_file(config.rankings, key="rankings")
+    check_sources(config.rankings, key="rankings")
     job = Run("reward_report", loaded)
     if job.done:
         return job
     with job:
         tokenizer = load_tokenizer(config.model)
-        data = read_rankings(config.rankings, tokenizer, max_length=config.max_length)
+        limits = {"max_length": config.max_length, "max_bad_rows": config.max_bad_rows}
+        data = read_rankings(config.rankings, tokenizer, **limits)
         found = {"rows": len(data.rankings), "pairs": data.num_pairs, "tokens": data.num_tokens}
-        job.add_data("rankings", **found, dropped=data.dropped)
+        job.add_data("rankings", **data.origins.facts, **found, dropped=data.dropped)
         if not data.rankings:
             raise InputError(f"rankings: {config.rankings} has no pair with a better response")
         sequences = [sequence for ranking in data.rankings for sequence in ranking.sequences]

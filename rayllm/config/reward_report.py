@@ -6,16 +6,18 @@ from pathlib import Path
 
 from pydantic import Field
 
-from rayllm.config.common import JobConfig
+from rayllm.config.common import DataJobConfig
+from rayllm.config.data import DataPaths
 from rayllm.config.rl import ActorsConfig
 
 
-class RewardReportConfig(JobConfig):
+class RewardReportConfig(DataJobConfig):
     model: Path
     """Model folder of the reward model: ours, or any classifier of one label for transformers."""
 
-    rankings: Path
-    """Rankings that it was not trained on, pairs or longer; a `kind` or `category` column sorts them."""
+    rankings: DataPaths
+    """Rankings that it was not trained on, or pairs, in any format that the reward-model job reads; a `category` column
+    sorts them."""
 
     max_length: int = Field(512, ge=8)
     """Longest prompt with response, in tokens; longer responses are dropped and counted."""
