@@ -23,6 +23,8 @@ RUN_BY = {
     ".venv/bin/rayllm chat": ".ci/run",
     ".venv/bin/rayllm sft run_dir=runs/mine": ".ci/run",
     ".venv/bin/python -m bench.algorithms runs/quickstart runs/algorithms": ".ci/run",
+    ".venv/bin/python -m bench.reward_models runs/quickstart runs/reward_models": ".ci/run",
+    ".venv/bin/rayllm reward-report run_dir=runs/rm-report": ".ci/run",
     ".venv/bin/rayllm ppo --config runs/quickstart/ppo/config.yaml --config jobs/configs/grpo.yaml": ".ci/run",
     "ray job submit --address http://HEAD:8265": "tests/jobs/test_pipeline.py",
     "rayllm sft --config my-sft.yaml --address": "tests/jobs/test_pipeline.py",

@@ -13,6 +13,7 @@ from rayllm.config.pipeline import WIRING, PipelineConfig
 from rayllm.config.ppo import PPOConfig
 from rayllm.config.sft import SftConfig
 from rayllm.errors import InputError
+from rayllm.lineage import config_inputs, fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ["run_dir=r", "model=m", "reward_model=w", "prompts=p"]
@@ -105,7 +106,7 @@ def test_every_field_of_every_command_is_documented(name):
 def test_ppo_stays_a_config_that_one_can_read():
     # The fields that are PPO's own; an optimizer, a learner or an engine section is the same everywhere.
     own = [key for key, *_ in describe_fields(PPOConfig) if ".optimizer." not in key and ".learner." not in key]
-    assert len(own) <= 87
+    assert len(own) <= 89
 
 
 PRESETS = sorted(path for path in (ROOT / "jobs/configs").glob("*.yaml") if path.stem != "quickstart")
@@ -212,3 +213,16 @@ def test_text_on_the_command_line_stays_text(text):
 
     assert load_config(ChatConfig, None, [f"prompt={text}"]).config.prompt == text
     assert load_config(ChatConfig, None, ["prompt=null"]).config.prompt is None
+
+
+def test_several_reward_models_are_inputs_of_their_own(tmp_path):
+    config = ppo("reward_model=[one, two]").config
+    assert [path.name for path in config.reward_models] == ["one", "two"] and config.critic_start.name == "one"
+    assert all(path.is_absolute() for path in config.reward_models)
+    inputs = config_inputs(config)
+    assert inputs["reward_model.0"].name == "one" and inputs["reward_model.1"].name == "two"
+    ids = dict.fromkeys(inputs, "same")
+    elsewhere = ppo(f"reward_model=[{tmp_path}/a, {tmp_path}/b]").config
+    assert fingerprint("ppo", config, ids) == fingerprint("ppo", elsewhere, ids)  # by content, not by name
+    assert fingerprint("ppo", config, ids) != fingerprint("ppo", config, {**ids, "reward_model.1": "other"})
+    assert ppo().config.reward_models[0].name == "w"
