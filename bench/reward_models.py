@@ -3,8 +3,9 @@
     python -m bench.reward_models runs/quickstart runs/reward_models [NAME ...]
 
 Trains reward models with every loss on the quickstart's noisy rankings, then a few small ones on FEW rankings, which
-PPO can exploit, and runs PPO against one of them and against all. What is done is not done again; with NAMES only these
-runs are done. Writes docs/reward-models.md and its pictures from the runs that are there.
+PPO can exploit, and runs PPO against one of them and against all; and, where runs/reward_models/hh.parquet holds human
+pairs (Anthropic HH), one on these. What is done is not done again; with NAMES only these runs are done. Writes
+docs/reward-models.md and its picture from the runs that are there.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ MEMBERS = 4
 
 EXPLOIT = (
     "num_steps=60", "policy.optimizer.learning_rate=3e-4", "policy.optimizer.schedule=constant",
-    "algorithm.kl_coef=0.02", "eval.every_steps=4", "eval.num_prompts=300", "checkpoint.every_steps=60",
+    "algorithm.kl_coef=0.02", "eval.every_steps=4", "eval.num_prompts=300", "checkpoint.every_steps=20",
 )  # fmt: skip
 """PPO that goes far: a larger rate and a smaller KL coefficient than the quickstart's, and more steps."""
 
@@ -58,10 +59,15 @@ POLICIES: dict[str, tuple[int, tuple[str, ...]]] = {
 """Name -> number of reward models, and settings."""
 
 
-def names() -> list[str]:
+HUMAN = "hh"
+"""The run on human pairs."""
+
+
+def names(target: Path) -> list[str]:
     """Every run, in order."""
     losses = [f"{name}-{seed}" for seed in SEEDS for name in LOSSES]
-    return [*losses, *(f"few-{seed}" for seed in range(MEMBERS)), *POLICIES]
+    human = [HUMAN] if (target / "hh.parquet").is_file() else []
+    return [*losses, *(f"few-{seed}" for seed in range(MEMBERS)), *POLICIES, *human]
 
 
 def run(name: str, source: Path, target: Path) -> None:
@@ -71,12 +77,15 @@ def run(name: str, source: Path, target: Path) -> None:
         count, settings = POLICIES[name]
         models = ", ".join(str((target / f"few-{seed}/model").absolute()) for seed in range(count))
         job, arguments = "ppo", [f"reward_model=[{models}]", *EXPLOIT, *settings]
+    elif name == HUMAN:
+        job = "reward_model"
+        arguments = [f"rankings={target / 'hh.parquet'}", "heldout_rankings=null", "heldout_fraction=0.3"]
     elif loss == "few":
         job = "reward_model"
-        arguments = [f"seed={seed}", f"rankings={target / 'few.parquet'}", "num_epochs=10", "workers.num_workers=1"]
+        arguments = [f"seed={seed}", f"rankings={target / 'few.parquet'}", "num_epochs=6", "workers.num_workers=1"]
     else:
         job, arguments = "reward_model", [f"seed={seed}", *LOSSES[loss]]
-    if job == "reward_model":
+    if job == "reward_model" and name != HUMAN:
         arguments.append(f"heldout_rankings={target / 'heldout.parquet'}")
     config = source / job / "config.yaml"
     command = [sys.executable, "-m", f"jobs.{job}", "--config", str(config), f"run_dir={target / name}", *arguments]
@@ -148,11 +157,13 @@ def main(arguments: list[str]) -> int:
     does not keep more of the gold score."""
     source, target = Path(arguments[0]), Path(arguments[1])
     prepare(source, target)
-    for name in arguments[2:] or names():
+    for name in arguments[2:] or names(target):
         run(name, source, target)
-    few = [target / f"few-{seed}" / REPORT for seed in range(MEMBERS)]
-    accuracies = [json.loads(path.read_text())["accuracy"]["accuracy"] for path in few if path.is_file()]
-    return write_page(losses(target), accuracies, curves(target), few=FEW, out=Path("docs"))
+    found = [target / f"few-{seed}" / REPORT for seed in range(MEMBERS)]
+    few = [json.loads(path.read_text())["accuracy"]["accuracy"] for path in found if path.is_file()]
+    human = target / HUMAN / REPORT
+    verdict = json.loads(human.read_text())["verdict"]["text"] if human.is_file() else None
+    return write_page(losses(target), few, curves(target), few=FEW, human=verdict, out=Path("docs"))
 
 
 if __name__ == "__main__":

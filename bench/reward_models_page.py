@@ -24,7 +24,13 @@ Points = list[dict[str, float]]
 
 
 def write_page(
-    losses: dict[str, Any], few_accuracies: Sequence[float], curves: dict[str, Points], *, few: int, out: Path
+    losses: dict[str, Any],
+    few_accuracies: Sequence[float],
+    curves: dict[str, Points],
+    *,
+    few: int,
+    human: str | None,
+    out: Path,
 ) -> int:
     """Write what there is; returns 1 if a promise is not kept, 0 if all that could be checked are."""
     parts = [HEAD]
@@ -38,6 +44,8 @@ def write_page(
         text, good = curves_part(curves, few_accuracies, few=few)
         parts.append(text)
         kept.append(good)
+    if human is not None:
+        parts.append(HUMAN_PART.format(human))
     (out / "reward-models.md").write_text("\n\n".join([*parts, REPORT_PART]) + "\n")
     return 0 if all(kept) else 1
 
@@ -187,6 +195,13 @@ Written by `bench/reward_models.py` from its runs on the toy world, on CPU:
 ```sh
 .venv/bin/python -m bench.reward_models runs/quickstart runs/reward_models
 ```"""
+
+HUMAN_PART = """## Real people's pairs
+
+600 harmlessness pairs of Anthropic HH, read as they are (`rankings=hh.parquet`; what is longer than 512 tokens is dropped
+and counted), by a model of a million parameters that has never seen a text outside the toy world. The report says so:
+
+> {}"""
 
 REPORT_PART = """## The report
 
