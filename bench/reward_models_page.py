@@ -198,8 +198,9 @@ Written by `bench/reward_models.py` from its runs on the toy world, on CPU:
 
 HUMAN_PART = """## Real people's pairs
 
-600 harmlessness pairs of Anthropic HH, read as they are (`rankings=hh.parquet`; what is longer than 512 tokens is dropped
-and counted), by a model of a million parameters that has never seen a text outside the toy world. The report says so:
+600 harmlessness pairs of Anthropic HH, read as they are (`rankings=hh.parquet`; what is longer than 512 tokens is
+dropped and counted), by a model of a million parameters that has never seen a text outside the toy world. The report
+says so:
 
 > {}"""
 
