@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ class RewardModelTask(TrainTask):
     heldout: list[Ranking]
     pad_token_id: int
     num_steps: int
-    scored: Scored | None = field(default=None)
+    scored: Scored | None = None
+    """Held-out scores of the last evaluation."""
 
     def build(self) -> torch.nn.Module:
         return ScalarModel.from_folder(

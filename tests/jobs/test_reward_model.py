@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -135,6 +136,25 @@ def test_held_out_scores_are_of_their_responses(engine):
     np.testing.assert_allclose(task.scored.scores[:, 0], expected, atol=1e-5)
     assert figures["eval/reward_mean"] == pytest.approx(np.mean(expected), abs=1e-5)
     assert figures["eval/reward_std"] == pytest.approx(np.std(expected), abs=1e-5)
+
+
+def test_a_folder_whose_padding_is_its_end_of_turn_gives_the_same_number(tiny_model_dir, tmp_path):
+    start = shutil.copytree(tiny_model_dir, tmp_path / "start")
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(start)
+    task = task_of(config(f"model={start}"))
+    module = ScalarModel.from_folder(start, seed=0).eval()
+    with torch.no_grad():
+        task.evaluate(OneProcess(module))
+    task.save(module, module.state_dict(), tmp_path / "run" / "model")
+    ids = torch.tensor([[5, 6, tokenizer.eos_token_id, 7, tokenizer.eos_token_id]])
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()
+    with torch.no_grad():
+        expected = module(ids, torch.ones_like(ids))[0, -1]
+        torch.testing.assert_close(plain(input_ids=ids).logits[0, 0], expected, atol=1e-5, rtol=0)
+        with pytest.raises(ValueError, match="batch sizes > 1"):  # refused, where a number would be of the wrong token
+            plain(input_ids=ids.repeat(2, 1))
 
 
 def test_an_ensemble_trains_and_its_folder_and_report_agree(tiny_run, tmp_path):
