@@ -27,7 +27,7 @@ def combine_ensemble(
     Raises:
         ValueError: on an unknown kind, a negative ``coef``, or rewards that are not (B, H).
 
-    Source: Coste et al. 2023, https://arxiv.org/abs/2310.02743, section 3 (with the deviation for the variance, so
+    Source: Coste et al. 2023, https://arxiv.org/abs/2310.02743 (with the deviation for the variance, so
     that both terms are in units of reward); Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244.
     """
     require_known("kind", kind, ENSEMBLE_KINDS)

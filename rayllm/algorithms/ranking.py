@@ -41,7 +41,7 @@ def pairwise_loss(
         ValueError: on shapes that differ, or a label_smoothing out of range.
 
     Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1; margin: Touvron et al. 2023,
-    https://arxiv.org/abs/2307.09288, eq. 2; label smoothing: Wang et al. 2024, https://arxiv.org/abs/2401.06080, 3.2.
+    https://arxiv.org/abs/2307.09288, eq. 2; label smoothing: Wang et al. 2024, https://arxiv.org/abs/2401.06080.
     """
     require_same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     if isinstance(margin, torch.Tensor) and margin.dim() > 0:
@@ -88,7 +88,7 @@ def kwise_loss(
         ValueError: on an unknown kind, shapes that do not fit, or a setting that the kind does not have.
 
     Source: Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1; Plackett 1975; Xia et al. 2008 (ListMLE);
-    ties: Allison & Christakis 1994, "Logit models for sets of ranked items", eq. 8; Efron 1977.
+    ties: Allison & Christakis 1994, "Logit models for sets of ranked items"; Efron 1977.
     """
     require_known("kind", kind, KWISE_KINDS)
     require_dim(1, rewards=rewards)
