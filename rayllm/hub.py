@@ -83,6 +83,7 @@ def fetch_dataset(address: str, *, key: str) -> Path:
     if match is None:
         raise InputError(f"{key}: hf://datasets/{address}: expected hf://datasets/ORG/NAME@REVISION:CONFIG?split=SPLIT")
     import datasets
+    from datasets.packaged_modules.cache.cache import Cache
 
     name, revision, config, split = match.group("name", "revision", "config", "split")
     split = split or "train"
@@ -91,9 +92,13 @@ def fetch_dataset(address: str, *, key: str) -> Path:
             f"{key}: {Path(name).absolute()} exists and hides the data set {name}; run from another folder"
         )
     try:
-        found = datasets.load_dataset(name, config, split=split, revision=revision)
+        builder = datasets.load_dataset_builder(name, config, revision=revision)
+        if revision and isinstance(builder, Cache):  # it takes the newest in the cache, whatever was asked for
+            raise OSError(f"the hub is out of reach, and the cache does not know revisions; leave out @{revision}")
+        builder.download_and_prepare()
+        found = builder.as_dataset(split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise InputError(f"{key}: cannot fetch the data set {name}, split {split}: {reason}") from None
     words = [re.sub(r"[^\w.]+", "-", word) for word in (name, config, split, found._fingerprint) if word]
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "rayllm" / "--".join(words)

@@ -36,8 +36,9 @@ def content_id(path: Path) -> str:
         return str(manifest["id"])
     if is_model_dir(path):
         return _folder_id(file_digests(path))
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return _folder_id({str(file.relative_to(path)): sha256_file(file) for file in files})
+    from rayllm.data.files import data_files  # pyarrow is slow to import, and most commands need none
+
+    return _folder_id({str(file.relative_to(path)): sha256_file(file) for file in data_files(path)})
 
 
 def is_model_dir(path: Path) -> bool:

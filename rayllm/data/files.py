@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayllm.data.messages import text_of
 from rayllm.data.rows import BadRows, Place, Row, RowError
 from rayllm.errors import InputError
 
@@ -43,7 +44,7 @@ def data_files(path: Path) -> list[Path]:
             raise InputError(f"{path} must end in one of {' '.join(SUFFIXES)} (text may be compressed: .gz, .bz2)")
         return [path]
     if not path.is_dir():
-        raise InputError(f"no file or folder at {path}")
+        raise InputError(f"no file at {path}, and no folder")
     described = path / "dataset_dict.json"
     splits = set(json.loads(described.read_text())["splits"]) if described.is_file() else set()
     files = sorted(
@@ -86,7 +87,7 @@ def read_rows(
     path: Path,
     required: Sequence[str],
     *,
-    check: Callable[[Row], None] | None = None,
+    check: Callable[[Row], object] | None = None,
     bad: BadRows | None = None,
 ) -> Iterator[Row]:
     """Yield the usable rows one by one.
@@ -114,6 +115,12 @@ def read_rows(
             bad.add(place, error)
             continue
         yield row
+
+
+def read_texts(path: Path, bad: BadRows) -> Iterator[str]:
+    """The `text` column of documents. Raises InputError as `read_rows` does."""
+    for row in read_rows(path, ["text"], check=lambda row: text_of(row["text"], "text"), bad=bad):
+        yield row["text"]
 
 
 def write_parquet(rows: Sequence[Row], path: Path) -> None:

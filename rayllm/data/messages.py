@@ -76,7 +76,8 @@ def is_hh(value: Any) -> bool:
 def hh_messages(value: Any, field: str) -> list[Message]:
     """Anthropic's transcript: a blank line and "Human:" or "Assistant:" begin a turn.
 
-    Where one speaker's turns follow each other they are one turn. The last turn alone may be empty.
+    Where one speaker's turns follow each other they are one turn. The assistant's last turn alone may be
+    empty.
     Raises RowError.
     """
     if not is_hh(value):
@@ -89,8 +90,8 @@ def hh_messages(value: Any, field: str) -> list[Message]:
         if messages and messages[-1]["role"] == role:
             content = f"{messages.pop()['content']}\n\n{content}".strip()
         messages.append({"role": role, "content": content})
-    for index, message in enumerate(messages[:-1]):
-        if not message["content"]:
+    for index, message in enumerate(messages):
+        if not message["content"] and (message["role"] == "user" or index < len(messages) - 1):
             raise RowError(field, f"turn {index} of the transcript is empty")
     return messages
 

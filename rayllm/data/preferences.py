@@ -15,7 +15,7 @@ import numpy as np
 from rayllm.data.chat import encode_conversation, prompt_token_ids
 from rayllm.data.messages import Message, first_user_turn
 from rayllm.data.rows import Row, RowDropped, RowError
-from rayllm.data.sources import Origins, Paths, Reader, kept
+from rayllm.data.sources import PROMPT_TRAINED, Origins, Paths, Reader, kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class RankingData:
         rows = self.origins.not_in(train.origins.prompts)
         dropped = dict(self.dropped)
         if len(rows) < len(self.rankings):
-            dropped["of a prompt to train on"] = len(self.rankings) - len(rows)
+            dropped[PROMPT_TRAINED] = len(self.rankings) - len(rows)
         return RankingData(kept(self.rankings, rows), dropped, self.origins.of(rows))
 
     @property

@@ -58,7 +58,7 @@ def test_a_bad_document_is_named_by_its_line(tmp_path, tiny_tokenizer, row, mess
         ({"messages": [{"role": "user"}]}, "messages.0.: a message needs 'role' and 'content'"),
         ({"messages": [{"role": "robot", "content": "x"}, ASSISTANT]}, "messages.0..role: unknown role 'robot'"),
         ({"messages": [{"role": "user", "content": ""}, ASSISTANT]}, "messages.0..content: is empty"),
-        ({"prompt": "hi"}, "completion|response: missing; the row holds prompt"),
+        ({"prompt": "hi"}, "completion: missing, and no 'response'; the row holds prompt"),
         ({"prompt": "hi", "response": 3}, "response: must be text, got int 3"),
     ],
 )
