@@ -42,19 +42,18 @@ FEW = 100
 """Rankings that the exploitable reward models learn from."""
 
 MEMBERS = 4
-"""Reward models of the ensemble: the same rankings, other seeds."""
+"""Reward models of the ensemble: the first learns from all of these rankings, each other from a bootstrap of them."""
 
 EXPLOIT = (
-    "num_steps=60", "policy.optimizer.learning_rate=3e-4", "policy.optimizer.schedule=constant",
-    "algorithm.kl_coef=0.02", "eval.every_steps=4", "eval.num_prompts=300", "checkpoint.every_steps=20",
+    "num_steps=28", "policy.optimizer.learning_rate=1.5e-4", "policy.optimizer.schedule=constant",
+    "algorithm.kl_coef=0.02", "eval.every_steps=2", "eval.num_prompts=200", "checkpoint.every_steps=14",
 )  # fmt: skip
-"""PPO that goes far: a larger rate and a smaller KL coefficient than the quickstart's, and more steps."""
+"""PPO that goes far: a larger rate and a smaller KL coefficient than the quickstart's."""
 
 POLICIES: dict[str, tuple[int, tuple[str, ...]]] = {
     "ppo-single": (1, ()),
-    "ppo-mean-std": (MEMBERS, ("reward.uncertainty=mean_std", "reward.uncertainty_coef=1")),
     "ppo-worst": (MEMBERS, ("reward.uncertainty=worst",)),
-    "ppo-mean": (MEMBERS, ("reward.uncertainty=none",)),
+    "ppo-mean-std": (MEMBERS, ("reward.uncertainty=mean_std", "reward.uncertainty_coef=2")),
 }
 """Name -> number of reward models, and settings."""
 
@@ -82,7 +81,8 @@ def run(name: str, source: Path, target: Path) -> None:
         arguments = [f"rankings={target / 'hh.parquet'}", "heldout_rankings=null", "heldout_fraction=0.3"]
     elif loss == "few":
         job = "reward_model"
-        arguments = [f"seed={seed}", f"rankings={target / 'few.parquet'}", "num_epochs=6", "workers.num_workers=1"]
+        rankings = target / f"few-{seed}.parquet"
+        arguments = [f"seed={seed}", f"rankings={rankings}", "num_epochs=6", "workers.num_workers=1"]
     else:
         job, arguments = "reward_model", [f"seed={seed}", *LOSSES[loss]]
     if job == "reward_model" and name != HUMAN:
@@ -96,10 +96,12 @@ def prepare(source: Path, target: Path) -> None:
     """The few rankings, and the held-out ones with the kinds of their prompts as categories."""
     kinds = {row["prompt"][0]["content"]: row["kind"] for row in read_rows(source / "world/prompts_label.parquet", [])}
     heldout = list(read_rows(source / "label/heldout_rankings.parquet", ["prompt"]))
-    if not (target / "few.parquet").is_file():
-        rows = [{**row, "category": kinds[row["prompt"][0]["content"]]} for row in heldout]
-        write_parquet(rows, target / "heldout.parquet")
-        write_parquet(list(read_rows(source / "label/rankings.parquet", []))[:FEW], target / "few.parquet")
+    rows = [{**row, "category": kinds[row["prompt"][0]["content"]]} for row in heldout]
+    write_parquet(rows, target / "heldout.parquet")
+    few = list(read_rows(source / "label/rankings.parquet", []))[:FEW]
+    for seed in range(MEMBERS):
+        drawn = np.random.default_rng(seed).integers(FEW, size=FEW) if seed else np.arange(FEW)
+        write_parquet([few[row] for row in drawn], target / f"few-{seed}.parquet")
 
 
 def trained_tokens(folder: Path) -> int:

@@ -10,12 +10,11 @@ import numpy as np
 
 from rayllm.report.charts import nice_ticks, tick_label
 
-COLORS = {"ppo-single": "#b23a2a", "ppo-mean-std": "#2b5c8f", "ppo-worst": "#4c8a6d", "ppo-mean": "#8a6aa8"}
+COLORS = {"ppo-single": "#b23a2a", "ppo-mean-std": "#2b5c8f", "ppo-worst": "#4c8a6d"}
 LABELS = {
     "ppo-single": "one reward model",
-    "ppo-mean-std": "ensemble, mean less deviation",
-    "ppo-worst": "ensemble, worst",
-    "ppo-mean": "ensemble, mean",
+    "ppo-mean-std": "ensemble, mean less 2 deviations",
+    "ppo-worst": "ensemble, worst of its scores",
 }
 LEVELS = 5
 """Reward-model scores at which gold scores are compared."""
@@ -120,10 +119,11 @@ def curves_part(curves: dict[str, Points], accuracies: Sequence[float], *, few: 
     }
     listed = ", ".join(f"{100 * value:.0f}" for value in accuracies)
     told = (
-        f"{len(accuracies)} reward models learn from the same {few} rankings with other seeds (held-out pair accuracy "
-        f"{listed} %): few enough that PPO finds what they get wrong. PPO runs against the first of them alone, and "
-        "against all of them with a penalty where they disagree; it is given a large rate and a small KL coefficient "
-        "so that it goes far. The reward-model score in the table is that of the first model in every run, in "
+        f"{len(accuracies)} reward models learn from the same {few} rankings, the first from all of them, each other "
+        f"from a bootstrap (held-out pair accuracy {listed} %): few enough that PPO finds what they get wrong. PPO "
+        "runs against the first of them alone, and against all of them with a penalty where they disagree; it is given "
+        "a large rate and a small KL coefficient so that it goes far. The reward-model score in the table is that of "
+        "the first model in every run, in "
         "deviations of its held-out rewards; gold is the toy world's exact judge, on 300 held-out prompts."
     )
     gains = ", ".join(f"{LABELS[name]} {gain:+.2f}" for name, gain in better.items())
