@@ -10,18 +10,22 @@ docs/reward-models.md and its picture from the runs that are there.
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from rich.console import Console
 
 from bench.reward_models_page import write_page
 from jobs.reward_model import RewardModelTask, make_examples
+from jobs.session import ray_session
 from rayllm.config.base import load_config
+from rayllm.config.ppo import PPOConfig
 from rayllm.config.reward_model import RewardModelConfig
 from rayllm.data.files import read_rows, write_parquet
 from rayllm.data.preferences import read_rankings
@@ -87,9 +91,9 @@ def run(name: str, source: Path, target: Path) -> None:
         job, arguments = "reward_model", [f"seed={seed}", *LOSSES[loss]]
     if job == "reward_model" and name != HUMAN:
         arguments.append(f"heldout_rankings={target / 'heldout.parquet'}")
-    config = source / job / "config.yaml"
-    command = [sys.executable, "-m", f"jobs.{job}", "--config", str(config), f"run_dir={target / name}", *arguments]
-    subprocess.run(command, check=True)
+    kind = PPOConfig if job == "ppo" else RewardModelConfig
+    loaded = load_config(kind, source / job / "config.yaml", [f"run_dir={target / name}", *arguments])
+    importlib.import_module(f"jobs.{job}").run(loaded, Console(width=120))
 
 
 def prepare(source: Path, target: Path) -> None:
@@ -158,9 +162,11 @@ def main(arguments: list[str]) -> int:
     """Run and write; 1 if a loss over whole rankings does not reach pairwise at 60 % of its tokens, or the ensemble
     does not keep more of the gold score."""
     source, target = Path(arguments[0]), Path(arguments[1])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops Ray on the way out
     prepare(source, target)
-    for name in arguments[2:] or names(target):
-        run(name, source, target)
+    with ray_session(target / "logs", verbose=False):
+        for name in arguments[2:] or names(target):
+            run(name, source, target)
     found = [target / f"few-{seed}" / REPORT for seed in range(MEMBERS)]
     few = [json.loads(path.read_text())["accuracy"]["accuracy"] for path in found if path.is_file()]
     human = target / HUMAN / REPORT
