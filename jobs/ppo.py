@@ -108,8 +108,8 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     """The `ppo` job."""
     config = loaded.config
     check_model_dir(config.model, key="model")
-    for path in config.reward_models:
-        check_model_dir(path, key="reward_model")
+    for folder in config.reward_models:
+        check_model_dir(folder, key="reward_model")
     if config.critic.model is not None:
         check_model_dir(config.critic.model, key="critic.model")
     if config.prompts is not None:

@@ -165,7 +165,7 @@ def grouped(scored: Scored, labels: Iterable[Hashable]) -> list[dict[str, Any]]:
     for index, label in enumerate(labels):
         if label is not None:
             rows.setdefault(label, []).append(index)
-    return [{"group": str(label), **rate(scored.right[at], scored.prompts[at])} for label, at in sorted(rows.items())]  # type: ignore[type-var]
+    return [{"group": str(label), **rate(scored.right[at], scored.prompts[at])} for label, at in sorted(rows.items())]
 
 
 def by_ranking(scored: Scored, labels: Sequence[str | None]) -> list[dict[str, Any]]:
