@@ -49,7 +49,7 @@ MEMBERS = 3
 """Reward models of the ensemble: the first learns from all of these rankings, each other from a bootstrap of them."""
 
 EXPLOIT = (
-    "num_steps=24", "policy.optimizer.learning_rate=1.5e-4", "policy.optimizer.schedule=constant",
+    "num_steps=16", "policy.optimizer.learning_rate=2e-4", "policy.optimizer.schedule=constant",
     "algorithm.kl_coef=0.02", "eval.every_steps=2", "eval.num_prompts=200", "checkpoint.every_steps=8",
 )  # fmt: skip
 """PPO that goes far: a larger rate and a smaller KL coefficient than the quickstart's."""
