@@ -44,6 +44,8 @@ class CriticActor(LearnerActor):
         stats = []
         for batch in self.minibatches(experience, step):
             tokens = self.global_tokens(batch)
+            if not tokens:  # all its responses were dropped, on every rank
+                continue
             loss = partial(self._loss, tokens=tokens)
             stats.append(self.engine.update(batch, loss, learning_rate=self.learning_rate(step)))
         return {

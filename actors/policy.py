@@ -24,10 +24,9 @@ from rayllm.algorithms.rewards import (
     length_penalty,
     overlong_penalty,
     per_token_rewards,
-    standardize,
 )
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.experience import Experience, concat
+from rayllm.data.experience import Experience, concat, without_dropped
 from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
 from rayllm.models.loading import DTYPES, load_causal_lm, load_tokenizer, save_model
@@ -75,27 +74,26 @@ class PolicyActor(LearnerActor):
         values: torch.Tensor | None,
         *,
         kl_coef: float,
-        scale: tuple[float, float] | None,
     ) -> Experience:
         """The shard with all that the updates need: token rewards, advantages, returns, off-policy weights.
 
         Args:
             shard: rollouts.
-            rewards: (B,) rewards of the whole responses.
+            rewards: (B,) rewards of the whole responses; one of NaN is left out of everything that is learned.
             baselines: (B,) scores of the greedy responses, for ReMax.
             logprobs: (B, T) of this policy; None where the step's only update computes them: the penalty then takes
                 the sampler's.
             ref_logprobs, values: (B, T); None in a run without them.
             kl_coef: of this step.
-            scale: mean and deviation to take out of the scores; None leaves them.
         """
+        shard, rewards, baselines = without_dropped(shard, rewards, baselines)
         algorithm, mask = self.config.algorithm, shard.action_mask
         # What the environment's turns earned lies where they ended; the rest of the reward at the response's end.
         final = rewards if shard.turn_rewards is None else rewards - shard.turn_rewards.sum(1)
         sampled = shard.rollout_logprobs if logprobs is None else logprobs
         penalty_in_reward = ref_logprobs is not None and algorithm.kl_in == "reward"
         token_rewards = per_token_rewards(
-            self._shaped(final, shard, scale),
+            self._shaped(final, shard),
             sampled,
             ref_logprobs if penalty_in_reward else sampled,
             mask,
@@ -105,7 +103,7 @@ class PolicyActor(LearnerActor):
             turn_rewards=shard.turn_rewards,
         )
         if baselines is not None:
-            baselines = self._shaped(baselines, shard, scale)
+            baselines = self._shaped(baselines, shard)
         advantages, returns = self.estimator(
             token_rewards,
             mask,
@@ -123,13 +121,13 @@ class PolicyActor(LearnerActor):
             **{name: tensor for name, tensor in filled.items() if tensor is not None},
         )
 
-    def _shaped(self, rewards: torch.Tensor, shard: Experience, scale: tuple[float, float] | None) -> torch.Tensor:
-        """(B,) scores, put on a scale, with what the response's length and end take off."""
+    def _shaped(self, rewards: torch.Tensor, shard: Experience) -> torch.Tensor:
+        """(B,) scores with what the response's length and end take off."""
         shaping, lengths = self.config.shaping, shard.action_mask.sum(1)
-        if scale is not None:
-            rewards = standardize(rewards, mean=scale[0], std=scale[1])
         if shaping.normalize == "group":
-            rewards = group_normalize(rewards, shard.prompt_ids)
+            kept = shard.action_mask.any(1)
+            normalized = group_normalize(rewards[kept], shard.prompt_ids[kept])
+            rewards = torch.zeros_like(rewards).masked_scatter(kept, normalized)
         rewards = rewards - shaping.missing_eos_penalty * (~shard.stopped)
         rewards = rewards + length_penalty(lengths, per_token=shaping.length_penalty)
         if shaping.overlong_buffer:
@@ -161,10 +159,11 @@ class PolicyActor(LearnerActor):
         sums: dict[str, tuple[float, float]] = {}
         learning_rate = self.learning_rate(step)
         for index, batch in enumerate(self.minibatches(experience, step)):
+            normalizer = self._normalizer(batch)
+            if not normalizer:  # all its responses were dropped, on every rank
+                continue
             text = self._ptx_batches(step * self.config.algorithm.updates_per_step + index)
-            loss = partial(
-                self._loss, normalizer=self._normalizer(batch), kl_coef=kl_coef, sums=sums, scored=scored
-            )
+            loss = partial(self._loss, normalizer=normalizer, kl_coef=kl_coef, sums=sums, scored=scored)
             stats.append(self.engine.update([*batch, *text], loss, learning_rate=learning_rate))
         metrics = {**self.update_metrics("loss/policy", "policy", stats), **self.mean_over_ranks(sums)}
         if experience.logprobs is None:
@@ -251,12 +250,13 @@ class PolicyActor(LearnerActor):
 
     def _rollout_sums(self, experience: Experience) -> dict[str, tuple[float, float]]:
         mask, logprobs = experience.action_mask, experience.logprobs
-        rows, tokens = float(len(experience)), float(mask.sum())
+        kept = mask.any(1)
+        rows, tokens = float(kept.sum()), float(mask.sum())
         sums = {
             "objective/rewards": (float(experience.rewards.sum()), rows),
             "objective/entropy": (-float(logprobs[mask].sum()), tokens),
             "response/length_mean": (tokens, rows),
-            "response/stop_rate": (float(experience.stopped.sum()), rows),
+            "response/stop_rate": (float(experience.stopped[kept].sum()), rows),
         }
         if experience.ref_logprobs is not None:
             estimator = self.config.algorithm.kl_estimator

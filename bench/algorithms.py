@@ -27,7 +27,7 @@ TOY = (
     "reference.cpus_per_actor=0.2", "reward.cpus_per_actor=0.2", "rollout.cpus_per_actor=0.4", "eval.judge=gold",
     "eval.num_prompts=400", "eval.every_steps=20", "algorithm.num_minibatches=2",
 )  # fmt: skip
-CRITIC = ("prompts_per_step=64", "samples_per_prompt=1", "shaping.normalize=running")
+CRITIC = ("prompts_per_step=64", "samples_per_prompt=1", "reward.normalize=running")
 GROUPS = ("prompts_per_step=16", "samples_per_prompt=4")
 RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "ppo": ("ppo-trl", (*CRITIC, "critic.warmup_steps=2")),

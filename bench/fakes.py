@@ -7,9 +7,11 @@ from typing import Any
 import ray
 import torch
 
+from actors.reward_source import SourceActor
 from bench.workload import NEW_TOKENS, PROMPT_TOKENS
 from rayllm.data.experience import Experience
 from rayllm.data.prompts import PromptSpan
+from rayllm.data.scores import Mix, Scores, ShardStats, sample_ids_of
 
 METRICS = (
     "objective/rewards", "objective/entropy", "objective/kl", "response/length_mean", "response/stop_rate",
@@ -48,8 +50,14 @@ class FakeRolloutActor:
 class FakeModelActor:
     """For all the others: policy, critic, reference and reward model."""
 
-    def rewards(self, shard: Experience) -> torch.Tensor:
-        return torch.zeros(len(shard))
+    async def scores(self, shard: Experience) -> Scores:
+        return Scores("model", sample_ids_of(shard.prompt_ids), torch.zeros(len(shard)))
+
+    def mixed(self, shard: Experience, *scores: Scores, mix: Mix) -> torch.Tensor:
+        return SourceActor.mixed(shard, *scores, mix=mix)
+
+    def stats(self, *scores: Scores) -> ShardStats:
+        return SourceActor.stats(*scores)
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         return torch.zeros(shard.sequences.shape)

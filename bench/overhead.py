@@ -31,6 +31,7 @@ from bench.figures import circumstances, console, spread, written
 from bench.workload import PROMPT_TOKENS, settings
 from jobs.ppo import train
 from jobs.ppo_batches import Batches
+from jobs.ppo_rewards import RewardGroups
 from jobs.ppo_roles import Roles
 from jobs.ppo_watch import Controls, Watch
 from jobs.session import ray_session
@@ -127,7 +128,8 @@ def measure_one(work: Path, groups: dict[str, CountingGroup], num_sequences: int
     path.write_text(yaml.safe_dump(tree))
     loaded = load_config(PPOConfig, path, [])
     dispatcher, probe = Dispatcher(groups["rollout"]), [1] * PROBE_TOKENS
-    roles = Roles(config=loaded.config, **groups, dispatcher=dispatcher, probe=probe)
+    reward = RewardGroups(loaded.config.reward, {"model": groups["reward"]})
+    roles = Roles(config=loaded.config, **{**groups, "reward": reward}, dispatcher=dispatcher, probe=probe)
     num_prompts = num_sequences * num_steps
     prompts = PromptData([{}] * num_prompts, [[1] * PROMPT_TOKENS] * num_prompts, {})
     batches, controls, traffic = Batches(roles, prompts, loaded.config), Controls(loaded.config), Traffic()

@@ -16,12 +16,11 @@ import psutil
 import ray
 from rich.console import Console
 
-from actors.group import collect
 from actors.placement import check_capacity, describe
 from actors.policy import PolicyActor
-from actors.reward import RewardActor, load_reward_function
 from jobs.judging import check_world_rows
 from jobs.ppo_batches import Batches
+from jobs.ppo_rewards import ShardScores, check_rows, check_sources
 from jobs.ppo_roles import Roles
 from jobs.ppo_watch import SHOWN, Controls, Watch
 from jobs.session import ray_session
@@ -45,19 +44,17 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
     for step in range(watch.first_step, config.num_steps):
         with watch.timed("time/step"):
             with watch.timed("time/rollout"):
-                shards, rewards = batches.take(step)
-                shards, rewards = resample(roles, batches, config, step, shards, rewards)
-                baselines = roles.greedy_rewards(shards, step)
+                shards, scores = batches.take(step)
+                shards, scores = resample(roles, batches, config, step, shards, scores)
+                greedy = roles.greedy(shards, step)
                 ref_logprobs = roles.ref_logprobs(shards)
                 values = roles.values(shards)
                 logprobs = roles.logprobs(shards)
                 wait(shards)
             with watch.timed("time/score"):
-                scale = controls.reward_scale(roles, rewards)
-                scores = (rewards, baselines, logprobs, ref_logprobs, values)
-                experience = roles.policy.map(
-                    PolicyActor.experience, shards, *scores, kl_coef=controls.kl_coef, scale=scale
-                )
+                rewards, baselines = controls.rewards(roles, shards, scores, greedy)
+                scored = (rewards, baselines, logprobs, ref_logprobs, values)
+                experience = roles.policy.map(PolicyActor.experience, shards, *scored, kl_coef=controls.kl_coef)
                 wait(experience)
             with watch.timed("time/update"):
                 metrics = roles.update(experience, step=step, kl_coef=controls.kl_coef)
@@ -70,23 +67,22 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
 
 
 def resample(
-    roles: Roles, batches: Batches, config: PPOConfig, step: int, shards: list[Any], rewards: list[Any]
-) -> tuple[list[Any], list[Any]]:
+    roles: Roles, batches: Batches, config: PPOConfig, step: int, shards: list[Any], scores: list[ShardScores]
+) -> tuple[list[Any], list[ShardScores]]:
     """Dynamic sampling (DAPO, https://arxiv.org/abs/2503.14476, section 3.2): replace the prompts whose responses all
-    got the same reward, so that every prompt of the step teaches something. What is still without signal after the
+    got the same scores, so that every prompt of the step teaches something. What is still without signal after the
     last round stays: it has no gradient, and the batch keeps its size."""
     for _ in range(config.shaping.resample_rounds):
-        counts = collect(roles.reward.map(RewardActor.count_without_signal, shards, rewards), "reward")
+        counts = roles.reward.count_without_signal(shards, scores)
         wanting = [index for index, count in enumerate(counts) if count]
         if not wanting:
             break
         spare = batches.more([counts[index] for index in wanting], step)
-        spare_rewards = roles.reward.map(RewardActor.rewards, spare)
-        before = [shards[index] for index in wanting], [rewards[index] for index in wanting]
-        filled = roles.reward.map(RewardActor.replace_without_signal, *before, spare, spare_rewards)
-        for index, shard, reward in zip(wanting, filled, roles.reward.map(RewardActor.rewards, filled), strict=True):
-            shards[index], rewards[index] = shard, reward
-    return shards, rewards
+        before = [shards[index] for index in wanting], spare, [scores[index] for index in wanting]
+        filled = roles.reward.replace_without_signal(*before, roles.reward.score(spare))
+        for index, shard, score in zip(wanting, *filled, strict=True):
+            shards[index], scores[index] = shard, score
+    return shards, scores
 
 
 def check_mismatch(metrics: Mapping[str, float], config: PPOConfig) -> None:
@@ -118,8 +114,7 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
                       ("ptx.documents", config.ptx.documents), ("eval.documents", config.eval.documents)):  # fmt: skip
         if path is not None:
             check_data_file(path, key=key)
-    if config.reward.function is not None:
-        load_reward_function(config.reward.function)
+    check_sources(config)
     job = Run("ppo", loaded)
     if job.done:
         return job
@@ -188,8 +183,7 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
             f"prompts: {shown_paths(config.prompts)} has {len(prompts)} usable prompts, "
             f"prompts_per_step={config.prompts_per_step} needs at least that many"
         )
-    if config.reward.source == "gold":
-        check_world_rows(prompts.rows, key="prompts")
+    check_rows(config.reward, prompts, key="prompts")
     if config.eval.prompts is None:
         return prompts, None
     held_out = read_prompts(
@@ -199,6 +193,7 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
     if not held_out.rows:
         raise InputError(f"eval.prompts: every prompt of {config.eval.prompts} stands in prompts too")
     job.add_data("eval.prompts", **held_out.facts, rows=len(held_out), dropped=held_out.dropped)
+    check_rows(config.reward, held_out, key="eval.prompts")
     if config.eval.judge == "gold":
         check_world_rows(held_out.rows, key="eval.prompts")
     return prompts, held_out

@@ -7,8 +7,8 @@ from typing import Any
 
 import ray
 
-from actors.reward import RewardActor
 from actors.rollout import RolloutActor
+from jobs.ppo_rewards import ShardScores
 from jobs.ppo_roles import Roles
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData, PromptSpan, PromptStream
@@ -33,7 +33,7 @@ class Shard:
     """Policy updates in the weights when it was begun."""
 
     experience: ray.ObjectRef
-    rewards: ray.ObjectRef
+    scores: ShardScores
 
 
 class Batches:
@@ -55,8 +55,8 @@ class Batches:
         self._waiting: list[Part] = []
         self._ahead: list[Shard] = []
 
-    def take(self, step: int) -> tuple[list[Any], list[Any]]:
-        """References of the step's experience and rewards, shard by shard. Later ones are begun as well."""
+    def take(self, step: int) -> tuple[list[Any], list[ShardScores]]:
+        """References of the step's experience and scores, shard by shard. Later ones are begun as well."""
         room = self._capacity - len(self._ahead)
         while len(self._waiting) < room and self._drawn < self.config.num_steps:
             self._waiting += self._draw()
@@ -66,7 +66,7 @@ class Batches:
         if self.config.rollout.cut_tail:
             self._sort_by_completion(step, count)
         taken, self._ahead = self._ahead[:count], self._ahead[count:]
-        return [shard.experience for shard in taken], [shard.rewards for shard in taken]
+        return [shard.experience for shard in taken], [shard.scores for shard in taken]
 
     def more(self, counts: list[int], step: int) -> list[Any]:
         """References of experience on fresh prompts, one shard for each count."""
@@ -99,8 +99,8 @@ class Batches:
         for step in dict.fromkeys(part.step for part in parts):
             of_step = [part for part in parts if part.step == step]
             references = self._sample([part.span for part in of_step], step)
-            rewards = self.roles.reward.map(RewardActor.rewards, references)
-            shards += [Shard(p, version, e, r) for p, e, r in zip(of_step, references, rewards, strict=True)]
+            scores = self.roles.reward.score(references)
+            shards += [Shard(p, version, e, s) for p, e, s in zip(of_step, references, scores, strict=True)]
         return shards
 
     def _sample(self, spans: list[PromptSpan], step: int) -> list[ray.ObjectRef]:

@@ -15,8 +15,8 @@ from actors.fleet import Dispatcher, engine_dtype, probe_tokens, probe_tolerance
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
-from actors.reward import EnvironmentRewardActor, FunctionRewardActor, GoldRewardActor, RewardActor
 from actors.rollout import RolloutActor
+from jobs.ppo_rewards import RewardGroups, ShardScores
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.models.loading import max_positions, vocabulary_size
@@ -31,7 +31,7 @@ class Roles:
     policy: ActorGroup[PolicyActor]
     critic: ActorGroup[CriticActor] | None
     reference: ActorGroup[ReferenceActor] | None
-    reward: ActorGroup[Any]
+    reward: RewardGroups
     rollout: ActorGroup[RolloutActor]
     dispatcher: Dispatcher
     probe: list[int]
@@ -41,12 +41,12 @@ class Roles:
     @staticmethod
     def needs(config: PPOConfig) -> list[Role]:
         """Resources of every role of the run."""
-        names = ["policy", "reward"]
+        names = ["policy"]
         names += ["critic"] if needs_critic(config) else []
         names += ["reference"] if needs_reference(config) else []
         sections = {name: getattr(config, name) for name in names}
         roles = [Role(name, s.num_actors, s.cpus_per_actor, s.gpus_per_actor) for name, s in sections.items()]
-        return [*roles, rollout_role(config.rollout)]
+        return [*roles, *RewardGroups.needs(config), rollout_role(config.rollout)]
 
     @classmethod
     def start(cls, config: PPOConfig, prompts: PromptData, *, ptx_tokens: Path) -> Roles:
@@ -84,9 +84,9 @@ class Roles:
                     "micro_batch_size": config.reference.micro_batch_size,
                 },
             ),
-            reward=_start_reward(config, needed["reward"], prompts),
+            reward=RewardGroups.start(config, prompts),
         )
-        setups = {}
+        setups = roles.reward.setup()
         setups["rollout"] = roles.rollout.submit(
             RolloutActor.set_prompts,
             ray.put(prompts.token_ids if config.environment.name is None else prompts.rows),
@@ -121,12 +121,12 @@ class Roles:
         """Of every shard by the critic; None each without one."""
         return [None] * len(shards) if self.critic is None else self.critic.map(CriticActor.values, shards)
 
-    def greedy_rewards(self, shards: list[Any], step: int) -> list[Any]:
-        """The reward of the greedy response to every row's prompt (ReMax); None each where nobody asks for it."""
+    def greedy(self, shards: list[Any], step: int) -> tuple[list[Any], list[ShardScores]] | None:
+        """The greedy response to every row's prompt and its scores (ReMax); None where nobody asks for it."""
         if not self.config.algorithm.estimator.needs_greedy_baseline:
-            return [None] * len(shards)
+            return None
         greedy = self.rollout.map(RolloutActor.greedy, shards, step=step)
-        return self.reward.map(RewardActor.rewards, greedy)
+        return greedy, self.reward.score(greedy)
 
     def update(self, experience: list[Any], *, step: int, kl_coef: float) -> dict[str, float]:
         """Policy and critic learn side by side; returns their metrics."""
@@ -215,19 +215,3 @@ def _seconds_until_done(calls: dict[str, list[Any]]) -> dict[str, float]:
         seconds[names[reference]] = time.perf_counter() - began
     return seconds
 
-
-def _start_reward(config: PPOConfig, role: Role, prompts: PromptData) -> ActorGroup[Any]:
-    if config.reward.source in ("gold", "function"):
-        texts = {"tokenizer": str(config.model), "rows": ray.put(prompts.rows)}
-        if config.reward.source == "gold":
-            return ActorGroup(role, GoldRewardActor, lambda rank: texts)
-        return ActorGroup(role, FunctionRewardActor, lambda rank: {"function": config.reward.function, **texts})
-    if config.reward.source == "environment":
-        return ActorGroup(role, EnvironmentRewardActor, lambda rank: {})
-    arguments = {
-        "model": [str(path) for path in config.reward_models],
-        "micro_batch_size": config.reward.micro_batch_size,
-        "uncertainty": config.reward.uncertainty,
-        "uncertainty_coef": config.reward.uncertainty_coef,
-    }
-    return ActorGroup(role, RewardActor, lambda rank: arguments)

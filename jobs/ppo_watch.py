@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple
 from typing import Any
+
+import ray
 
 from actors.fleet import generate
 from actors.group import collect
 from actors.policy import PolicyActor
-from actors.reward import FunctionRewardActor, RewardActor
+from actors.reward_source import SourceActor
 from actors.rollout import RolloutActor
 from jobs.judging import judge_rollouts
 from jobs.ppo_batches import Batches
+from jobs.ppo_rewards import RewardScales, ShardScores, check_any_left, problems, step_metrics
 from jobs.ppo_roles import Roles
 from rayllm.algorithms.kl import next_kl_coef
-from rayllm.algorithms.rewards import RunningMoments
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.data.rollout import collate
@@ -36,26 +37,41 @@ SHOWN = (
 
 
 class Controls:
-    """Scalars that follow the run: the KL coefficient, and the scale of the scores."""
+    """Scalars that follow the run: the KL coefficient, and the scale of each source's scores."""
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.kl_coef = config.algorithm.kl_coef
-        self.moments = RunningMoments()
+        self.scales = RewardScales(config.reward)
+        self._stats: list[Any] = []
+        self.problems: list[str] = []
+        """Of the last step's sources of rewards."""
 
-    def reward_scale(self, roles: Roles, rewards: list[Any]) -> tuple[float, float] | None:
-        """(mean, deviation) of all scores so far, this step's included; None unless the config asks for it."""
-        if self.config.shaping.normalize != "running":
-            return None
-        for moments in collect(roles.reward.map(RewardActor.moments, rewards), "reward"):
-            self.moments = self.moments.merge(moments)
-        return self.moments.mean, self.moments.std
+    def rewards(
+        self,
+        roles: Roles,
+        shards: list[Any],
+        scores: list[ShardScores],
+        greedy: tuple[list[Any], list[ShardScores]] | None,
+    ) -> tuple[list[Any], list[Any]]:
+        """References to every shard's rewards and to those of its greedy responses, if there are any."""
+        self._stats = roles.reward.stats(scores)
+        if self.scales.needs_all:
+            step = collect(self._stats, "reward")
+            check_any_left(step)
+            self.scales.add(step)  # a step's scores are on the scale of all so far, its own included
+        mix = self.scales.mix()
+        baselines = [None] * len(shards) if greedy is None else roles.reward.mixed(*greedy, mix)
+        return roles.reward.mixed(shards, scores, mix), baselines
 
     def after(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Adapt to a step's metrics; returns what to log."""
         algorithm = self.config.algorithm
+        step = collect(self._stats, "reward")
+        self.problems = problems(step)
+        found = step_metrics(step)
         if algorithm.kl_target is None:
-            return {}
+            return found
         used = self.kl_coef
         self.kl_coef = next_kl_coef(
             used,
@@ -64,14 +80,14 @@ class Controls:
             num_samples=self.config.prompts_per_step * self.config.samples_per_prompt,
             horizon=algorithm.kl_horizon,
         )
-        return {"objective/kl_coef": used}
+        return found | {"objective/kl_coef": used}
 
     def state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef, "moments": astuple(self.moments)}
+        return {"kl_coef": self.kl_coef, "scales": self.scales.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.kl_coef = state["kl_coef"]
-        self.moments = RunningMoments(*state["moments"])
+        self.scales.load(state["scales"])
 
 
 class Watch:
@@ -113,6 +129,8 @@ class Watch:
             metrics |= self.evaluate()
         self.last.update(metrics)
         self.job.log(step, metrics)
+        for problem in self.controls.problems:
+            self.job.note(f"step {step}: {problem}")
         self.progress.update(step, {name: value for name, value in metrics.items() if name in SHOWN})
         if step % self.config.checkpoint.every_steps == 0 or step == self.config.num_steps:
             state = {"step": step, **self.batches.state(), **self.controls.state()}
@@ -143,20 +161,18 @@ class Watch:
             step=-1,
         )
         figures: dict[str, float] = {}
-        if self.config.reward.source != "gold":  # that knows the training prompts only; eval.judge is the same
-            batch = collate(rollouts, pad_token_id=self.tokenizer.pad_token_id)
-            reward = self.roles.reward
-            if self.config.reward.source == "function":
-                scored = reward.map(FunctionRewardActor.held_out_rewards, [batch], [held_out.rows])
-            else:
-                scored = reward.map(RewardActor.rewards, [batch])
-            (rewards,) = collect(scored, "reward")
-            figures["rewards"] = float(rewards.mean())
-            if self.config.reward.source == "model":
-                (members,) = collect(reward.map(RewardActor.members, [batch]), "reward")
-                if members.shape[1] > 1:  # each before disagreement takes anything off
-                    figures |= {f"rewards_{number}": float(mean) for number, mean in enumerate(members.mean(0))}
-                    figures["rewards_spread"] = float(members.std(1, correction=0).mean())
+        batch = [collate(rollouts, pad_token_id=self.tokenizer.pad_token_id)]
+        reward = self.roles.reward
+        scores = reward.score(batch, rows=ray.put(held_out.rows))
+        parts = step_metrics(collect(reward.stats(scores), "reward"))
+        figures |= {name: value for name, value in parts.items() if len(reward.groups) > 1}
+        (rewards,) = collect(reward.mixed(batch, scores, self.controls.scales.mix(running=False)), "reward")
+        figures["rewards"] = float(rewards.nanmean())
+        members_of = [group.map(SourceActor.members, batch)[0] for group in reward.groups.values()]
+        for members in collect(members_of, "reward"):
+            if members.shape[1] > 1:  # each before disagreement takes anything off
+                figures |= {f"rewards_{number}": float(mean) for number, mean in enumerate(members.mean(0))}
+                figures["rewards_spread"] = float(members.std(1, correction=0).mean())
         if self.config.eval.judge == "gold":
             figures |= summarize(judge_rollouts(held_out.rows, rollouts, self.tokenizer))
         return figures

@@ -1,4 +1,4 @@
-"""The one exception that means: the user's input is wrong, nothing heavy has started."""
+"""The exceptions that have a name of their own."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class InputError(ValueError):
 
     The text says where (file and line, row, or key), what was found, what was expected and how to mend it.
     """
+
+
+class RewardError(RuntimeError):
+    """A source of rewards failed, and its policy is to stop. The text names the source and what it did."""

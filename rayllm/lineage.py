@@ -107,6 +107,10 @@ def config_inputs(config: Config, *, skip: tuple[str, ...] = ("run_dir",)) -> di
             found.update({f"{name}.{key}": path for key, path in config_inputs(value, skip=()).items()})
         elif isinstance(value, dict):
             found.update({f"{name}.{key}": path for key, path in value.items() if isinstance(path, Path)})
+            for key, section in value.items():
+                if isinstance(section, Config):
+                    paths = config_inputs(section, skip=())
+                    found.update({f"{name}.{key}.{inner}": path for inner, path in paths.items()})
         elif isinstance(value, tuple):
             found.update({f"{name}.{index}": item for index, item in enumerate(value) if isinstance(item, Path)})
             sections = [(index, item) for index, item in enumerate(value) if isinstance(item, Config)]

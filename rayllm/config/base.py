@@ -202,8 +202,15 @@ def _leaves(config: Config, default: Config | None, prefix: str = "") -> list[tu
         if isinstance(value, Config):
             rows.extend(_leaves(value, usual if isinstance(usual, Config) else None, f"{prefix}{name}."))
             continue
-        rows.append((prefix + name, value, usual))
+        rows.append((prefix + name, _plain(value), _plain(usual)))
     return rows
+
+
+def _plain(value: Any) -> Any:
+    """A mapping of sections as plain data, everything else as it is."""
+    if isinstance(value, dict):
+        return {key: item.model_dump(mode="json") if isinstance(item, Config) else item for key, item in value.items()}
+    return value
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +239,9 @@ def _collect_origins(node: yaml.Node | None, prefix: str, path: Path, origins: d
 
 
 def _explain(cls: type[Config], error: Any, origins: dict[str, str]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    parts = [str(part) for part in error["loc"]]
+    # In a mapping of sections that are told apart by their kind, pydantic names the kind as well; it is no key.
+    key = ".".join(part for place, part in enumerate(parts) if "sources" not in parts[:place][-2:-1])
     origin = origins.get(key)
     where = "" if origin in (None, "command line") else f"{origin}: "
     if error["type"] == "extra_forbidden":

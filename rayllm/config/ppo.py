@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from rayllm.config.common import CheckpointConfig, DataJobConfig, OptimizerConfig
 from rayllm.config.data import DataPaths
 from rayllm.config.environment import EnvironmentConfig
+from rayllm.config.reward import RewardConfig
 from rayllm.config.rl import (
     AlgorithmConfig,
     CriticConfig,
@@ -17,7 +18,6 @@ from rayllm.config.rl import (
     PPORolloutConfig,
     PtxConfig,
     ReferenceConfig,
-    RewardActorsConfig,
     ShapingConfig,
 )
 
@@ -30,7 +30,7 @@ class PPOConfig(DataJobConfig):
 
     reward_model: Path | tuple[Path, ...] | None = None
     """Model folder of the reward model, or a list of several, which score as an ensemble (`reward.uncertainty`); the
-    critic starts from the first. Needed where reward.source=model."""
+    critic starts from the first. Needed where a source of rewards is a model that names no folder of its own."""
 
     prompts: DataPaths | None = None
     """Prompts to learn on: `prompt` (messages, text or token ids), OpenAI messages or GSM8K's columns; or a list of
@@ -66,7 +66,7 @@ class PPOConfig(DataJobConfig):
         )
     )
     reference: ReferenceConfig = ReferenceConfig()
-    reward: RewardActorsConfig = RewardActorsConfig()
+    reward: RewardConfig = RewardConfig()
     rollout: PPORolloutConfig = PPORolloutConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
@@ -125,16 +125,15 @@ class PPOConfig(DataJobConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PPOConfig:
-        if not self.reward_models and self.reward.source == "model":
-            raise ValueError("reward_model: required but not given (with reward.source=gold none is needed)")
-        if (self.reward.source == "function") != (self.reward.function is not None):
-            raise ValueError(
-                f"reward.source={self.reward.source} with reward.function={self.reward.function}: a function is named "
-                "where the source is one, as module:name, and nowhere else"
-            )
+        for name, source in self.reward.by_name.items():
+            if source.kind == "model" and source.model is None and not self.reward_models:
+                where = f"reward.sources.{name}" if self.reward.sources else "reward"
+                raise ValueError(
+                    f"reward_model: required but not given, {where} needs one (with reward.source=gold none is needed)"
+                )
         if self.prompts is None and self.environment.name is None:
             raise ValueError("prompts: required but not given. " + PROMPTS_HELP)
-        if self.reward.source == "environment" and self.environment.name is None:
+        if self.reward.has("environment") and self.environment.name is None:
             raise ValueError("reward.source=environment: no environment.name given")
         if self.environment.name is not None and self.algorithm.estimator.needs_greedy_baseline:
             raise ValueError(

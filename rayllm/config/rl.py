@@ -10,25 +10,10 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from rayllm.config.base import Config
 from rayllm.config.common import LearnerConfig, OptimizerConfig, check_optimizer
 from rayllm.config.label import RolloutConfig
+from rayllm.config.reward import ActorsConfig
 
 if TYPE_CHECKING:
     from rayllm.algorithms.advantages import Advantage
-
-
-class ActorsConfig(Config):
-    """One role's Ray actors."""
-
-    num_actors: int = Field(1, ge=1)
-    """Processes; for policy and critic these are data-parallel ranks."""
-
-    cpus_per_actor: float = Field(1, gt=0)
-    """CPUs that Ray reserves for each."""
-
-    gpus_per_actor: float = Field(0, ge=0)
-    """GPUs that Ray reserves for each; 0 computes on CPU."""
-
-    micro_batch_size: int = Field(64, ge=1)
-    """Most rows in one forward pass."""
 
 
 class LearnerActorsConfig(ActorsConfig):
@@ -68,23 +53,6 @@ class ReferenceConfig(ActorsConfig):
 
     ema: float = Field(0.0, ge=0, lt=1)
     """Share of itself that the reference keeps when it moves: 0 copies the policy, 0.99 follows it slowly."""
-
-
-class RewardActorsConfig(ActorsConfig):
-    source: Literal["model", "gold", "environment", "function"] = "model"
-    """What scores the responses: `model`, the reward model; `gold`, the toy world's exact judge; `function`, Python
-    code of your own; `environment`, nothing but the rewards of the environment's turns, which the others get on top."""
-
-    function: str | None = None
-    """`module:name` of the Python function that scores when source=function: f(prompts, responses, token_ids, rows)
-    returns a number for each response."""
-
-    uncertainty: Literal["none", "mean_std", "worst"] = "none"
-    """What several reward models, or several heads of one, make of a response that they disagree on: their mean
-    (`none`), the mean less their deviation (`mean_std`), or the least score (`worst`; Coste et al. 2023)."""
-
-    uncertainty_coef: float = Field(1.0, ge=0)
-    """Weight of the deviation in `mean_std`."""
 
 
 class AlgorithmConfig(Config):
@@ -182,9 +150,9 @@ class AlgorithmConfig(Config):
 class ShapingConfig(Config):
     """From the score of a response to its reward."""
 
-    normalize: Literal["none", "running", "group"] = "none"
-    """The reward model's own mean and deviation are always taken out. `running`: also those of all scores so far;
-    `group`: also those of the responses to one prompt."""
+    normalize: Literal["none", "group"] = "none"
+    """`group`: rewards by mean and deviation of those of the responses to one prompt. For the scale of one source over
+    the run: `reward.normalize`."""
 
     clip: float | None = Field(3.0, gt=0)
     """Bound on the absolute reward; null for none."""

@@ -94,3 +94,18 @@ def concat(parts: list[Experience]) -> Experience:
             tensors = [torch.nn.functional.pad(t, (0, longest - t.shape[1])) for t in tensors]
         joined[field.name] = torch.cat(tensors)
     return Experience(**joined)
+
+
+def without_dropped(
+    shard: Experience, rewards: torch.Tensor, baselines: torch.Tensor | None = None
+) -> tuple[Experience, torch.Tensor, torch.Tensor | None]:
+    """The shard without action tokens in the rows whose reward (or baseline) is NaN; these numbers are 0 then.
+
+    The rows keep their places, so that ranks and minibatches stay as large as they were; a row without an action token
+    is in no loss, no count and no group.
+    """
+    kept = rewards.isfinite() if baselines is None else rewards.isfinite() & baselines.isfinite()
+    if bool(kept.all()):
+        return shard, rewards, baselines
+    shard = shard.replace(action_mask=shard.action_mask & kept[:, None])
+    return shard, rewards.where(kept, 0.0), None if baselines is None else baselines.where(kept, 0.0)

@@ -11,11 +11,13 @@ from actors.critic import CriticActor
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
-from actors.reward import RewardActor, RewardSource
+from actors.reward import RewardActor
+from actors.reward_source import SourceActor
 from actors.weights import safetensors_shapes, unpack
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.rollout import Rollout, collate
+from rayllm.data.scores import Scores, sample_ids_of
 from rayllm.models.loading import load_causal_lm
 
 ROWS, KL_COEF = 12, 0.1
@@ -97,7 +99,7 @@ class Learners:
         rewards = [self.reward.rewards(part) for part in parts]
         values = self.critic.map(CriticActor.values, parts)
         scores = (rewards, [None] * len(parts), logprobs, ref, values)
-        return self.policy.map(PolicyActor.experience, parts, *scores, kl_coef=KL_COEF, scale=None)
+        return self.policy.map(PolicyActor.experience, parts, *scores, kl_coef=KL_COEF)
 
     def step(self, step: int = 0, **rollouts):
         parts = shards(self.config.num_shards, seed=step, **rollouts)
@@ -156,7 +158,7 @@ def test_the_only_update_of_a_step_gives_the_old_logprobs_itself(
         rewards = [torch.arange(len(part), dtype=torch.float32) for part in parts]
         before = logprobs if with_pass_before else [None, None]
         scores = (rewards, [None, None], before, zeros, zeros)
-        experience = learners.policy.map(PolicyActor.experience, parts, *scores, kl_coef=0.0, scale=None)
+        experience = learners.policy.map(PolicyActor.experience, parts, *scores, kl_coef=0.0)
         (metrics,) = collect(
             learners.policy.submit(PolicyActor.update, *experience, step=0, kl_coef=0.0), "policy"
         )
@@ -289,29 +291,59 @@ def test_the_score_is_on_the_last_token_and_a_cut_response_is_penalised(tmp_path
     torch.testing.assert_close(experience.returns, expected)
 
 
-def experience_of(tmp_path, model, reward_model, *overrides, scale=None):
+def experience_of(tmp_path, model, reward_model, *overrides):
     """What the policy makes of scores of 2.5, with zeros for log-probabilities and values."""
     policy = PolicyActor(rank=0, world_size=1, config=make_config(tmp_path, model, reward_model, *overrides))
     (batch,) = shards(1)
     zeros = torch.zeros(batch.sequences.shape)
     scores = torch.full((ROWS,), 2.5)
-    return policy.experience(batch, scores, None, zeros, zeros, zeros, kl_coef=0.1, scale=scale)
+    return policy.experience(batch, scores, None, zeros, zeros, zeros, kl_coef=0.1)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "grpo", "reinforce_pp", "remax"])
+@pytest.mark.parametrize("normalize", ["none", "group"])
+def test_a_dropped_response_is_as_if_it_had_not_been_sampled(
+    tmp_path, tiny_model_dir, reward_model_dir, advantage, normalize
+):
+    keys = ("samples_per_prompt=4", f"algorithm.advantage={advantage}", f"shaping.normalize={normalize}")
+    policy = PolicyActor(rank=0, world_size=1, config=make_config(tmp_path, tiny_model_dir, reward_model_dir, *keys))
+    (batch,) = shards(1)
+    batch = batch.replace(prompt_ids=torch.arange(ROWS) // 4)
+    generator = torch.Generator().manual_seed(0)
+    logprobs, ref, values = (torch.randn(batch.sequences.shape, generator=generator) for _ in range(3))
+    rewards, baselines = torch.randn(2, ROWS, generator=generator)
+    baselines = baselines if advantage == "remax" else None
+    rewards[1] = rewards[ROWS - 1] = torch.nan
+    kept = rewards.isfinite()
+
+    def made(rows):
+        given = [None if tensor is None else tensor[rows] for tensor in (rewards, baselines, logprobs, ref, values)]
+        return policy.experience(batch[rows], *given, kl_coef=0.1)
+
+    all_rows, others = made(torch.ones(ROWS, dtype=torch.bool)), made(kept)
+    assert not all_rows.action_mask[~kept].any() and all_rows.rewards.isfinite().all()
+    for name in ("advantages", "returns", "action_mask", "rewards"):
+        torch.testing.assert_close(getattr(all_rows, name)[kept], getattr(others, name))
+    assert not all_rows.advantages[~kept].any()
+    sums, expected = policy._rollout_sums(all_rows), policy._rollout_sums(others)
+    assert sums.keys() == expected.keys()
+    for name, pair in sums.items():
+        assert pair == pytest.approx(expected[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize(
-    ("overrides", "scale", "reward"),
+    ("overrides", "reward"),
     [
-        (("shaping.length_penalty=0.1",), None, lambda length: 2.5 - 0.1 * length),
+        (("shaping.length_penalty=0.1",), lambda length: 2.5 - 0.1 * length),
         # Of 8 tokens at most the last 4 cost: linearly, 1 at the limit.
-        (("shaping.overlong_buffer=4", "rollout.max_new_tokens=8"), None, lambda length: 2.5 - max(0, length - 4) / 4),
-        (("shaping.clip=1.5",), None, lambda length: 1.5),
-        (("shaping.normalize=running",), (0.5, 4.0), lambda length: 0.5),
+        (("shaping.overlong_buffer=4", "rollout.max_new_tokens=8"), lambda length: 2.5 - max(0, length - 4) / 4),
+        (("shaping.clip=1.5",), lambda length: 1.5),
     ],
-    ids=["length", "overlong", "clip", "running"],
+    ids=["length", "overlong", "clip"],
 )
-def test_what_shaping_makes_of_a_score(tmp_path, tiny_model_dir, reward_model_dir, overrides, scale, reward):
+def test_what_shaping_makes_of_a_score(tmp_path, tiny_model_dir, reward_model_dir, overrides, reward):
     keys = ("algorithm.gae_lambda=1.0", "shaping.missing_eos_penalty=0", *overrides)
-    experience = experience_of(tmp_path, tiny_model_dir, reward_model_dir, *keys, scale=scale)
+    experience = experience_of(tmp_path, tiny_model_dir, reward_model_dir, *keys)
     for row in range(ROWS):
         mask = experience.action_mask[row]
         expected = torch.full((int(mask.sum()),), float(reward(int(mask.sum()))))
@@ -319,7 +351,7 @@ def test_what_shaping_makes_of_a_score(tmp_path, tiny_model_dir, reward_model_di
 
 
 def scored(prompt_ids, rewards):
-    """A shard of two-token rows that carry their reward's place, and the rewards."""
+    """A shard of two-token rows that carry their reward's place, and a source's scores of it."""
     rollouts = [
         Rollout(
             prompt_id=prompt, prompt_token_ids=(5,), token_ids=(10 + index,), logprobs=(-1.0,), finish_reason="stop",
@@ -327,17 +359,20 @@ def scored(prompt_ids, rewards):
         )
         for index, prompt in enumerate(prompt_ids)
     ]  # fmt: skip
-    return collate(rollouts, pad_token_id=0), torch.tensor(rewards)
+    shard = collate(rollouts, pad_token_id=0)
+    return shard, Scores("a", sample_ids_of(shard.prompt_ids), torch.tensor(rewards))
 
 
 def test_prompts_without_signal_are_replaced_by_those_with():
-    shard = scored([1, 1, 2, 2, 3, 3], [0.0, 1.0, 5.0, 5.0, 7.0, 7.0])
-    spare = scored([8, 8, 9, 9], [4.0, 4.0, 2.0, 3.0])
-    assert RewardSource.count_without_signal(*shard) == 2
-    filled = RewardSource.replace_without_signal(*shard, *spare)
+    shard, scores = scored([1, 1, 2, 2, 3, 3], [0.0, 1.0, 5.0, 5.0, 7.0, 7.0])
+    spare, spare_scores = scored([8, 8, 9, 9], [4.0, 4.0, 2.0, 3.0])
+    assert SourceActor.count_without_signal(shard, scores) == 2
+    filled = SourceActor.replace_without_signal(shard, spare, scores, spare_scores)
+    new_scores = SourceActor.replaced_scores(0, shard, spare, scores, spare_scores)
     # 1 has signal, 9 too; nothing better than 2 is left for the third place.
     assert filled.prompt_ids.tolist() == [1, 1, 9, 9, 2, 2]
-    assert filled.rewards.tolist() == [0.0, 1.0, 2.0, 3.0, 5.0, 5.0]
+    assert new_scores.values.tolist() == [0.0, 1.0, 2.0, 3.0, 5.0, 5.0]
+    assert new_scores.sample_ids == ("1/0", "1/1", "9/0", "9/1", "2/0", "2/1")
     assert filled.sequences[:, 1].tolist() == [10, 11, 12, 13, 12, 13]
 
 
@@ -376,7 +411,7 @@ def test_losses_do_not_depend_on_the_split(tmp_path, tiny_model_dir, reward_mode
     logprobs = policy.logprobs(batch)
     ref = logprobs + 0.1 * torch.randn(logprobs.shape, generator=generator)
     scores = torch.randn(ROWS, generator=generator)
-    experience = policy.experience(batch, scores, None, logprobs - 0.05, ref, None, kl_coef=0.1, scale=None)
+    experience = policy.experience(batch, scores, None, logprobs - 0.05, ref, None, kl_coef=0.1)
 
     def gradients(parts):
         policy.engine.module.zero_grad()

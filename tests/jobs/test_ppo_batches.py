@@ -12,6 +12,7 @@ from actors.fleet import Dispatcher, generate
 from actors.group import ActorGroup, Role
 from actors.rollout import RolloutActor
 from jobs.ppo_batches import Batches
+from jobs.ppo_rewards import RewardGroups
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData, PromptSpan, PromptStream
@@ -41,7 +42,7 @@ class Sampler:
 
 
 class Scorer:
-    def rewards(self, shard):
+    async def scores(self, shard):
         return shard["prompts"]
 
 
@@ -64,7 +65,7 @@ def make(groups, tmp_path):
         keys = [f"run_dir={tmp_path}", "model=m", "reward_model=r", "prompts=p", "prompts_per_step=4",
                 f"num_steps={STEPS}", "rollout.num_actors=2"]  # fmt: skip
         config = load_config(PPOConfig, None, [*keys, *settings]).config
-        roles = SimpleNamespace(rollout=sampler, reward=scorer, dispatcher=Dispatcher(sampler))
+        roles = SimpleNamespace(rollout=sampler, reward=RewardGroups(config.reward, {"model": scorer}), dispatcher=Dispatcher(sampler))
         return Batches(roles, PromptData([{}] * NUM_PROMPTS, [[1]] * NUM_PROMPTS, {}), config)
 
     return batches
@@ -74,9 +75,9 @@ def train(batches: Batches, steps: range) -> list[dict]:
     """Take and "learn" steps; returns what the shards tell, with the step that trained on them."""
     found = []
     for step in steps:
-        shards, rewards = batches.take(step)
+        shards, scores = batches.take(step)
         told = ray.get(shards)
-        assert ray.get(rewards) == [shard["prompts"] for shard in told]
+        assert ray.get([one for (one,) in scores]) == [shard["prompts"] for shard in told]
         batches.roles.rollout.call(Sampler.set_version, step + 1)
         found += [shard | {"trained": step} for shard in told]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_every_field_of_every_command_is_documented(name):
 def test_ppo_stays_a_config_that_one_can_read():
     # The fields that are PPO's own; an optimizer, a learner or an engine section is the same everywhere.
     own = [key for key, *_ in describe_fields(PPOConfig) if ".optimizer." not in key and ".learner." not in key]
-    assert len(own) <= 89
+    assert len(own) <= 94
 
 
 PRESETS = sorted(path for path in (ROOT / "jobs/configs").glob("*.yaml") if path.stem != "quickstart")
@@ -150,6 +151,18 @@ def test_the_second_file_wins(tmp_path):
         (["reward_model=null"], "reward_model: required but not given"),
         (["prompts=null"], "prompts: required but not given"),
         (["reward.source=function"], "reward.source=function with reward.function=None: a function is named"),
+        (["reward.source=gold", "reward.sources.a.kind=model"], "name all sources in reward.sources"),
+        (["reward.sources.a.kind=modle"], "sources.a: kind=modle, expected one of model, gold"),
+        (["reward.sources.a.kind=http", "reward.sources.a.ulr=http://h"], "sources.a.ulr: unknown .*Did you mean url?"),
+        (["reward.sources.a.kind=http", "reward.sources.a.url=h"], r"reward.sources.a.url: got 'h', expected http://"),
+        (["reward.sources.a.kind=function"], r"reward.sources.a.function: required but not given"),
+        (["reward.sources.a-b.kind=model"], "the name 'a-b' may have letters, digits and _ only"),
+        (["reward.sources={a: {kind: verifier, verifier: regex}}"], "reward.sources.a: verifier=regex with pattern=None"),
+        (["reward.sources={a: {kind: verifier, verifier: format, pattern: '('}}"], "is no regular expression"),
+        (["reward.sources={a: {kind: judge, url: http://h, model: m, template: x}}"], "template: {response} does not"),
+        (["reward.sources={a: {kind: judge, url: http://h, model: m, pattern: x}}"], "pattern='x' has no group"),
+        (["reward.sources={a: {kind: gold, weight: .inf}}"], "reward.sources.a.weight: expected a finite number"),
+        (["reward.sources.a.kind=environment"], "reward.source=environment: no environment.name given"),
         (["reward.function=m:f"], "reward.source=model with reward.function=m:f: a function is named"),
         (["environment.name=calculator", "rollout.ignore_stop=true"], "rollout.ignore_stop=true: a turn that"),
     ],
@@ -226,3 +239,23 @@ def test_several_reward_models_are_inputs_of_their_own(tmp_path):
     assert fingerprint("ppo", config, ids) == fingerprint("ppo", elsewhere, ids)  # by content, not by name
     assert fingerprint("ppo", config, ids) != fingerprint("ppo", config, {**ids, "reward_model.1": "other"})
     assert ppo().config.reward_models[0].name == "w"
+
+
+def test_sources_of_rewards_take_from_their_section_what_they_do_not_say():
+    overrides = [
+        "reward.timeout_s=5", "reward.on_failure=drop", "reward.sources.good.kind=model", "reward.sources.good.model=m",
+        "reward.sources.right.kind=verifier", "reward.sources.right.verifier=math", "reward.sources.right.weight=2",
+        "reward.sources.right.timeout_s=1",
+    ]  # fmt: skip
+    loaded = load_config(PPOConfig, None, [*REQUIRED, *overrides])
+    good, right = loaded.config.reward.by_name.values()
+    assert (good.kind, good.weight, good.timeout_s, good.on_failure) == ("model", 1.0, 5.0, "drop")
+    assert (right.kind, right.weight, right.timeout_s, right.on_failure) == ("verifier", 2.0, 1.0, "drop")
+    assert config_inputs(loaded.config)["reward.sources.good.model"].name == "m"
+    changed = loaded.changes()["reward.sources"]
+    assert json.loads(json.dumps(changed.value))["right"]["verifier"] == "math"
+
+
+def test_one_source_is_named_by_its_kind():
+    reward = load_config(PPOConfig, None, [*REQUIRED, "reward.source=gold", "reward.timeout_s=7"]).config.reward
+    assert {name: source.timeout_s for name, source in reward.by_name.items()} == {"gold": 7.0}
