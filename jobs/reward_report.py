@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from actors.group import ActorGroup, Role, collect
@@ -75,7 +76,7 @@ def print_table(console: Console, report: dict[str, Any]) -> None:
         if group["title"]:
             table.add_row(f"[dim]{group['title']}[/dim]")
         for row in group["rows"]:
-            table.add_row(f"  {row['group']}", row["accuracy"], row["interval"], row["pairs"])
+            table.add_row(f"  {escape(row['group'])}", row["accuracy"], row["interval"], row["pairs"])
         table.add_section()
     console.print(table)
     for sentence in view["sentences"]:
