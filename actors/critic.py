@@ -27,7 +27,8 @@ class CriticActor(LearnerActor):
         """Join the ranks and load the model."""
         self.join(address)
         start = self.config.critic_start
-        model = ScalarModel.from_folder(start, seed=None if is_sequence_classifier(start) else self.config.seed)
+        seed = None if is_sequence_classifier(start) else self.config.seed
+        model = ScalarModel.from_folder(start, seed=seed, num_heads=1)
         self.engine = Engine(model, self.role.optimizer, self.role.learner)
 
     def values(self, shard: Experience) -> torch.Tensor:

@@ -25,7 +25,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.annotations import RayDeprecationWarning
@@ -34,9 +33,7 @@ from actors.environment import worker_env
 from actors.group import Role
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
-from rayllm.data.experience import Experience
 from rayllm.data.files import Row
-from rayllm.data.padding import pad_right
 
 CHUNK = 64
 """Prompts in a chunk: few enough to share the work evenly, and to lose little when a job is killed."""
@@ -142,30 +139,15 @@ class Scorer:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         chunk = Chunk.from_table(table)
-        texts = [(row["token_ids"], ids) for row in chunk.rows for ids in row["response_ids"]]
-        scores = self._reward.score(_as_experience(texts))
-        logits = (scores * self._reward.std + self._reward.mean)[:, None]  # (N, heads)
+        logits = self._reward.raw_scores(
+            [np.array([*row["token_ids"], *ids]) for row in chunk.rows for ids in row["response_ids"]]
+        )
+        scores = self._reward.standardised(logits).mean(1)
         start = 0
         for row in chunk.rows:
             part = slice(start, start := start + len(row["response_ids"]))
             row["scores"], row["logits"] = scores[part].tolist(), logits[part].tolist()
         return chunk.write(self._folder)
-
-
-def _as_experience(texts: Sequence[tuple[list[int], list[int]]]) -> Experience:
-    """(prompt, response) token ids as the batch that a reward actor takes; nobody sampled it."""
-    sequences, mask = pad_right([np.array([*prompt, *response]) for prompt, response in texts], fill=0)
-    starts = torch.tensor([len(prompt) for prompt, _ in texts])
-    places = torch.arange(sequences.shape[1])
-    return Experience(
-        sequences=sequences,
-        attention_mask=mask,
-        action_mask=mask & (places >= starts[:, None]),
-        rollout_logprobs=torch.zeros(sequences.shape),
-        policy_versions=torch.zeros(sequences.shape, dtype=torch.int32),
-        prompt_ids=torch.arange(len(texts)),
-        stopped=torch.ones(len(texts), dtype=torch.bool),
-    )
 
 
 @dataclass(frozen=True, slots=True)

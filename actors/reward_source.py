@@ -41,7 +41,7 @@ class SourceActor:
     """One source."""
 
     def __init__(
-        self, *, name: str, source: Source, tokenizer: str, rows: list[Row], reward_model: str | None = None
+        self, *, name: str, source: Source, tokenizer: str, rows: list[Row], reward_models: Sequence[str] = ()
     ) -> None:
         """
         Args:
@@ -49,11 +49,11 @@ class SourceActor:
             source: its settings.
             tokenizer: model folder.
             rows: of the training prompts; a shard's prompt ids are indices into them.
-            reward_model: the run's, for a source of kind `model` that names none.
+            reward_models: the run's, for a source of kind `model` that names none.
         """
         device_of()
         self.name, self.source, self.rows = name, source, rows
-        self.scorer = _scorer(source, reward_model)
+        self.scorer = _scorer(source, reward_models)
         self.tokenizer: Any = None
         if not isinstance(source, ModelSource):
             from rayllm.models.loading import load_tokenizer
@@ -95,6 +95,13 @@ class SourceActor:
         instead = 0.0 if self.source.on_failure == "zero" else torch.nan
         values = torch.tensor([instead if isinstance(value, Failed) else value for value in found])
         return Scores(self.name, sample_ids, values.float(), len(failed), f"{self.what} {problem}" if problem else "")
+
+    async def members(self, shard: Experience) -> torch.Tensor:
+        """(B, H) float32: what each head of each reward model gives; (B, 0) of a source of another kind."""
+        if not isinstance(self.scorer, ModelScorer):
+            return torch.zeros(len(shard), 0)
+        async with self._turn:
+            return await asyncio.to_thread(self.scorer.actor.members, shard)
 
     @property
     def what(self) -> str:
@@ -215,11 +222,14 @@ def _select(samples: Samples, places: list[int]) -> Samples:
 class ModelScorer:
     """The reward model; blocking, in a thread."""
 
-    def __init__(self, source: ModelSource, reward_model: str | None) -> None:
-        folder = str(source.model or reward_model)
-        self.actor = RewardActor(model=folder, micro_batch_size=source.micro_batch_size)
-        if source.normalize == "none":
-            self.actor.mean, self.actor.std = 0.0, 1.0
+    def __init__(self, source: ModelSource, reward_models: Sequence[str]) -> None:
+        self.actor = RewardActor(
+            model=[str(folder) for folder in source.folders] or reward_models,
+            micro_batch_size=source.micro_batch_size,
+            uncertainty=source.uncertainty,
+            uncertainty_coef=source.uncertainty_coef,
+            standard=source.normalize != "none",
+        )
 
     def score(self, shard: Experience, _: Samples | None) -> list[float | Failed]:
         values = self.actor.score(shard).tolist()
@@ -244,9 +254,9 @@ class NoScorer:
         return [0.0] * len(shard)
 
 
-def _scorer(source: Source, reward_model: str | None) -> Any:
+def _scorer(source: Source, reward_models: Sequence[str]) -> Any:
     if isinstance(source, ModelSource):
-        return ModelScorer(source, reward_model)
+        return ModelScorer(source, reward_models)
     if isinstance(source, FunctionSource | VerifierSource):
         return Child(source)
     if isinstance(source, HttpSource):

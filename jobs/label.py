@@ -242,17 +242,21 @@ def rank(
     labeler: str,
 ) -> list[Row]:
     """Rows of a rankings file; prompts with a single answer are left out."""
-    return [
-        {
-            "prompt": prompt_messages(prompts.rows[row["prompt_id"]]["prompt"]),
-            "responses": row["responses"],
-            "response_ids": row["response_ids"],
-            "ranks": rank_responses(golds, noise=noise, rng=rng),
-            "labeler": f"{labeler}, noise {noise:g}",
-        }
-        for row, golds in zip(answers, judged, strict=True)
-        if len(golds) > 1
-    ]
+    rows = []
+    for row, golds in zip(answers, judged, strict=True):
+        prompt = prompts.rows[row["prompt_id"]]
+        if len(golds) > 1:
+            rows.append(
+                {
+                    "prompt": prompt_messages(prompt["prompt"]),
+                    "responses": row["responses"],
+                    "response_ids": row["response_ids"],
+                    "ranks": rank_responses(golds, noise=noise, rng=rng),
+                    "labeler": f"{labeler}, noise {noise:g}",
+                    "category": prompt["kind"],
+                }
+            )
+    return rows
 
 
 if __name__ == "__main__":

@@ -106,9 +106,10 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     """The `ppo` job."""
     config = loaded.config
     check_model_dir(config.model, key="model")
-    for key, path in (("reward_model", config.reward_model), ("critic.model", config.critic.model)):
-        if path is not None:
-            check_model_dir(path, key=key)
+    for folder in config.reward_models:
+        check_model_dir(folder, key="reward_model")
+    if config.critic.model is not None:
+        check_model_dir(config.critic.model, key="critic.model")
     if config.prompts is not None:
         check_data_sources(config.prompts, key="prompts")
     for key, path in (("eval.prompts", config.eval.prompts),

@@ -48,7 +48,7 @@ class RewardGroups:
         shared = {
             "tokenizer": str(config.model),
             "rows": ray.put(prompts.rows),
-            "reward_model": None if config.reward_model is None else str(config.reward_model),
+            "reward_models": [str(folder) for folder in config.reward_models],
         }
         groups: dict[str, ActorGroup[Any]] = {}
         for role, (name, source) in zip(cls.needs(config), config.reward.by_name.items(), strict=True):
@@ -161,8 +161,9 @@ def check_sources(config: PPOConfig) -> None:
             load_reward_function(source.function)
         elif isinstance(source, VerifierSource):
             check_verifier(source)
-        elif source.kind == "model" and source.model is not None:
-            check_model_dir(source.model, key=f"reward.sources.{name}.model")
+        elif source.kind == "model":
+            for folder in source.folders:
+                check_model_dir(folder, key=f"reward.sources.{name}.model")
 
 
 def check_rows(config: RewardConfig, prompts: PromptData, *, key: str) -> None:

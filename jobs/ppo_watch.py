@@ -12,6 +12,7 @@ import ray
 from actors.fleet import generate
 from actors.group import collect
 from actors.policy import PolicyActor
+from actors.reward_source import SourceActor
 from actors.rollout import RolloutActor
 from jobs.judging import judge_rollouts
 from jobs.ppo_batches import Batches
@@ -167,6 +168,11 @@ class Watch:
         figures |= {name: value for name, value in parts.items() if len(reward.groups) > 1}
         (rewards,) = collect(reward.mixed(batch, scores, self.controls.scales.mix(running=False)), "reward")
         figures["rewards"] = float(rewards.nanmean())
+        members_of = [group.map(SourceActor.members, batch)[0] for group in reward.groups.values()]
+        for members in collect(members_of, "reward"):
+            if members.shape[1] > 1:  # each before disagreement takes anything off
+                figures |= {f"rewards_{number}": float(mean) for number, mean in enumerate(members.mean(0))}
+                figures["rewards_spread"] = float(members.std(1, correction=0).mean())
         if self.config.eval.judge == "gold":
             figures |= summarize(judge_rollouts(held_out.rows, rollouts, self.tokenizer))
         return figures

@@ -1,13 +1,14 @@
-"""Reward model: the SFT model with a scalar head, taught by rankings (Bradley-Terry over all pairs of a prompt)."""
+"""Reward model: the SFT model with a scalar head, taught by rankings (Bradley-Terry or Plackett-Luce)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -21,117 +22,174 @@ from rayllm.data.padding import pad_right
 from rayllm.data.preferences import Ranking, RankingData, read_rankings
 from rayllm.data.sources import check_sources, kept
 from rayllm.errors import InputError
+from rayllm.lineage import write_json
 from rayllm.models.engine import Engine
 from rayllm.models.heads import ScalarModel, sequence_rewards
 from rayllm.models.loading import check_model_dir, load_tokenizer, save_model
 from rayllm.models.partial import plan_trained
+from rayllm.report.html import write_report
+from rayllm.report.reward import REPORT, Scored, pair_accuracy, reward_report
 from rayllm.report.run import Run
 from rayllm.report.terminal import mark_example, print_preamble
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """All responses of some prompts, and the share of these prompts in the step's batch."""
+    """All responses of some prompts (or pairs), and the share of these in the step's batch."""
 
     tokens: torch.Tensor  # (B, T) int64
     attention_mask: torch.Tensor  # (B, T) bool
     ranks: torch.Tensor  # (B,) int64
     prompt_ids: torch.Tensor  # (B,) int64
-    weight: float
+    scores: torch.Tensor  # (B,) float32, the labeler's; 0 where none were given
+    weights: torch.Tensor  # (B, H) float32
+    share: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """What makes one row of a batch: a ranking, or a pair of one."""
+
+    ranking: Ranking
+    weights: np.ndarray  # (H,) of the loss of each head
 
 
 @dataclass
 class RewardModelTask(TrainTask):
-    """The loss is the mean over prompts of the mean over a prompt's pairs."""
+    """The loss is the mean over heads of the mean over rows of their weighted losses."""
 
     config: RewardModelConfig
-    train: list[Ranking]
+    train: list[Example]
     heldout: list[Ranking]
     pad_token_id: int
     num_steps: int
-    statistics: dict[str, float] = field(default_factory=dict)
+    scored: Scored | None = None
+    """Held-out scores of the last evaluation."""
 
     def build(self) -> torch.nn.Module:
-        return ScalarModel.from_folder(self.config.model, seed=self.config.seed)
+        return ScalarModel.from_folder(
+            self.config.model, seed=self.config.seed, num_heads=self.config.ensemble.num_heads
+        )
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> Sequence[MicroBatch]:
         rows = [self.train[row] for row in self._order.rows(step)][rank::world_size]
-        most = max(len(ranking.ranks) for ranking in self.train)
-        size = max(1, self.config.micro_batch_size // most)
+        size = self._rows_at_once([example.ranking for example in self.train])
         return [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def loss(self, engine: Engine, micro_batch: MicroBatch) -> torch.Tensor:
+        config = self.config
         rewards = self._rewards(engine, micro_batch)
         ranks, prompt_ids = micro_batch.ranks.to(rewards.device), micro_batch.prompt_ids.to(rewards.device)
-        pairs = kwise_loss(rewards, ranks, prompt_ids, kind="all_pairs")
-        return micro_batch.weight * (pairs + self.config.center_coef * rewards.square().mean())
+        margins = micro_batch.scores.to(rewards.device) * config.margin_coef if config.margin_coef else None
+        losses = [
+            kwise_loss(
+                head,
+                ranks,
+                prompt_ids,
+                kind="plackett_luce" if config.loss == "plackett_luce" else "all_pairs",
+                label_smoothing=config.label_smoothing,
+                scores=margins,
+                weights=weights,
+            )
+            for head, weights in zip(rewards.T, micro_batch.weights.to(rewards.device).T, strict=True)
+        ]
+        return micro_batch.share * (torch.stack(losses).mean() + config.center_coef * rewards.square().mean())
 
     def num_tokens(self, micro_batch: MicroBatch) -> int:
         return int(micro_batch.attention_mask.sum())
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        totals = torch.zeros(6, dtype=torch.float64)  # right, pairs, margin, rewards, squares, responses
-        for start in range(0, len(self.heldout), engine.world_size * self._eval_prompts):
-            rows = self.heldout[start : start + engine.world_size * self._eval_prompts]
-            mine = rows[engine.rank :: engine.world_size]
-            rewards = self._rewards(engine, self._collate(mine or self.heldout[:1])).double().cpu()
-            if mine:
-                totals += _pair_totals(rewards, mine)
-        right, pairs, margin, reward_sum, square_sum, count = engine.sum_tensor(totals).tolist()
-        mean = reward_sum / count
-        std = max(square_sum / count - mean * mean, 1e-12) ** 0.5
-        self.statistics = {"reward_mean": mean, "reward_std": std}
+        """Every rank scores its part of the held-out responses; all get all the scores."""
+        firsts = np.cumsum([0, *(len(ranking.ranks) for ranking in self.heldout)])
+        scores = torch.zeros(int(firsts[-1]), self.config.ensemble.num_heads, dtype=torch.float64)
+        size = self._rows_at_once(self.heldout)
+        for start in range(0, len(self.heldout), engine.world_size * size):
+            together = range(start, min(start + engine.world_size * size, len(self.heldout)))
+            mine = together[engine.rank :: engine.world_size]
+            rows = [Example(self.heldout[row], np.ones(1)) for row in mine or range(1)]  # idle ranks keep pace
+            rewards = self._rewards(engine, self._collate(rows)).double().cpu()
+            for row, part in zip(mine, rewards.split([len(example.ranking.ranks) for example in rows]), strict=False):
+                scores[firsts[row] : firsts[row + 1]] = part
+        self.scored = Scored(self.heldout, engine.sum_tensor(scores).numpy())
+        accuracy, margin = pair_accuracy(self.scored)
         return {
-            "eval/accuracy": right / pairs,
-            "eval/margin": margin / pairs,
-            "eval/reward_mean": mean,
-            "eval/reward_std": std,
+            "eval/accuracy": accuracy,
+            "eval/margin": margin,
+            "eval/reward_mean": float(self.scored.mean.mean()),
+            "eval/reward_std": float(self.scored.std.mean()),
         }
 
     def save(self, module: Any, state_dict: Mapping[str, torch.Tensor], folder: Path) -> None:
-        classifier = module.classifier
+        assert self.scored is not None
+        classifier, tokenizer = module.classifier, load_tokenizer(self.config.model)
         weights = {name.removeprefix("classifier."): tensor for name, tensor in state_dict.items()}
-        for name, value in self.statistics.items():  # read back by the reward actor, kept by transformers
-            setattr(classifier.config, name, value)
-        save_model(classifier, load_tokenizer(self.config.model), folder, state_dict=weights)
+        for name, value in (("reward_mean", self.scored.mean), ("reward_std", self.scored.std)):
+            # read back by the reward actor, kept by transformers
+            setattr(classifier.config, name, value.tolist() if len(value) > 1 else float(value[0]))
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            classifier.config.pad_token_id = None  # or transformers would take an end of turn for padding
+        save_model(classifier, tokenizer, folder, state_dict=weights)
+        write_json(folder.parent / REPORT, reward_report(self.scored, tokenizer))
 
-    @property
-    def _eval_prompts(self) -> int:
-        most = max(len(ranking.ranks) for ranking in self.heldout)
-        return max(1, self.config.micro_batch_size // most)
+    def _rows_at_once(self, rankings: Sequence[Ranking]) -> int:
+        return max(1, self.config.micro_batch_size // max(len(ranking.ranks) for ranking in rankings))
 
     @cached_property
     def _order(self) -> BatchOrder:
         return BatchOrder(len(self.train), self.config.batch_size, seed=self.config.seed)
 
     def _rewards(self, engine: Engine, batch: MicroBatch) -> torch.Tensor:
+        """(B, H)"""
         mask = batch.attention_mask.to(engine.device)
-        return sequence_rewards(engine(input_ids=batch.tokens.to(engine.device), attention_mask=mask), mask)
+        rewards = sequence_rewards(engine(input_ids=batch.tokens.to(engine.device), attention_mask=mask), mask)
+        return rewards[:, None] if rewards.dim() == 1 else rewards
 
-    def _collate(self, rankings: Sequence[Ranking]) -> MicroBatch:
+    def _collate(self, examples: Sequence[Example]) -> MicroBatch:
+        rankings = [example.ranking for example in examples]
         tokens, mask = pad_right([s for ranking in rankings for s in ranking.sequences], self.pad_token_id)
+        counts = [len(ranking.ranks) for ranking in rankings]
+        weights = np.repeat(np.stack([example.weights for example in examples]), counts, axis=0)
         return MicroBatch(
             tokens,
             mask,
             ranks=torch.tensor([rank for ranking in rankings for rank in ranking.ranks]),
-            prompt_ids=torch.tensor([i for i, ranking in enumerate(rankings) for _ in ranking.ranks]),
-            weight=len(rankings) / self.config.batch_size,
+            prompt_ids=torch.tensor([i for i, count in enumerate(counts) for _ in range(count)]),
+            scores=torch.tensor([s for ranking in rankings for s in ranking.scores or [0.0] * len(ranking.ranks)]),
+            weights=torch.from_numpy(weights).float(),
+            share=len(rankings) / self.config.batch_size,
         )
 
 
-def _pair_totals(rewards: torch.Tensor, rankings: Sequence[Ranking]) -> torch.Tensor:
-    right = pairs = margin = 0.0
-    start = 0
-    for ranking in rankings:
-        scores = rewards[start : start + len(ranking.ranks)].tolist()
-        start += len(scores)
-        for better, better_rank in enumerate(ranking.ranks):
-            for worse, worse_rank in enumerate(ranking.ranks):
-                if better_rank < worse_rank:
-                    gap = scores[better] - scores[worse]
-                    right, pairs, margin = right + (gap > 0), pairs + 1, margin + gap
-    moments = [float(rewards.sum()), float(rewards.square().sum()), float(len(rewards))]
-    return torch.tensor([right, pairs, margin, *moments], dtype=torch.float64)
+def make_examples(rankings: Sequence[Ranking], config: RewardModelConfig) -> list[Example]:
+    """What is trained on: rankings, or their pairs, with their weights for every head.
+
+    Weights are scaled to a mean of 1 over the rankings of each head.
+
+    Raises:
+        InputError: a weight for a labeler who is not there, or no ranking with a weight above 0.
+    """
+    labelers = {ranking.labeler for ranking in rankings}
+    unknown = sorted(set(config.labeler_weights) - {str(name) for name in labelers})
+    if unknown:
+        known = ", ".join(sorted(map(repr, map(str, labelers))))
+        raise InputError(f"labeler_weights: nobody called {unknown[0]!r} ranked; known: {known}")
+    trust = np.array([config.labeler_weights.get(str(ranking.labeler), 1.0) for ranking in rankings])
+    weights = trust[:, None] * bootstraps(len(rankings), config.ensemble.num_heads, seed=config.seed)
+    if not weights.any(0).all():
+        raise InputError("labeler_weights: no ranking is left with a weight above 0")
+    weights = weights / weights.mean(0)
+    examples = [Example(*row) for row in zip(rankings, weights, strict=True)]
+    if config.loss != "pairwise":
+        return examples
+    return [Example(e.ranking.select(pair), e.weights) for e in examples for pair in e.ranking.pairs]
+
+
+def bootstraps(num_rows: int, num_heads: int, *, seed: int) -> np.ndarray:
+    """(num_rows, num_heads): how often each head's bootstrap holds a row; one head alone takes every row once."""
+    if num_heads == 1:
+        return np.ones((num_rows, 1))
+    draws = [np.random.default_rng((seed, head)).integers(num_rows, size=num_rows) for head in range(num_heads)]
+    return np.stack([np.bincount(drawn, minlength=num_rows) for drawn in draws], axis=1).astype(float)
 
 
 def run(loaded: Loaded[RewardModelConfig], console: Console, *, verbose: bool = False) -> Run:
@@ -147,13 +205,15 @@ def run(loaded: Loaded[RewardModelConfig], console: Console, *, verbose: bool = 
     with job:
         tokenizer = load_tokenizer(config.model)
         rankings, heldout = read_data(job, config, tokenizer)
-        if len(rankings) < config.batch_size or not heldout:
+        examples = make_examples(rankings, config) if rankings else []
+        if len(examples) < config.batch_size or not heldout:
+            rows = "pairs" if config.loss == "pairwise" else "prompts with a pair"
             raise InputError(
-                f"rankings: {len(rankings)} prompts with a pair to train on, {len(heldout)} held out; "
+                f"rankings: {len(examples)} {rows} to train on, {len(heldout)} rankings held out; "
                 f"batch_size={config.batch_size} needs at least {config.batch_size} and 1"
             )
-        num_steps = max(1, int(len(rankings) * config.num_epochs / config.batch_size))
-        task = RewardModelTask(config, rankings, heldout, int(tokenizer.pad_token_id), num_steps)
+        num_steps = max(1, int(len(examples) * config.num_epochs / config.batch_size))
+        task = RewardModelTask(config, examples, heldout, int(tokenizer.pad_token_id), num_steps)
         best = rankings[0].sequences[rankings[0].ranks.index(min(rankings[0].ranks))]
         scored = [index == len(best) - 1 for index in range(len(best))]
         print_preamble(
@@ -161,9 +221,14 @@ def run(loaded: Loaded[RewardModelConfig], console: Console, *, verbose: bool = 
             job,
             example=mark_example(tokenizer, best, scored),
             placement=placement(config),
-            trained={"model": plan_trained(config.model, config.learner, scalar=True)},
+            trained={
+                "model": plan_trained(
+                    config.model, config.learner, scalar=True, num_heads=config.ensemble.num_heads
+                )
+            },
         )
         train(job, task, console, verbose=verbose)
+        write_report(config.run_dir)
     return job
 
 

@@ -46,8 +46,13 @@ def fetch_inputs(loaded: Loaded[ConfigT]) -> Loaded[ConfigT]:
         *parents, leaf = key.split(".")
         section: Any = tree
         for parent in parents:
-            section = section[int(parent)] if isinstance(section, list | tuple) else section[parent]
-        section[leaf] = fetch(path, key=key)
+            if isinstance(section, list):
+                section = section[int(parent)]
+                continue
+            if isinstance(section[parent], tuple):
+                section[parent] = list(section[parent])
+            section = section[parent]
+        section[int(leaf) if isinstance(section, list) else leaf] = fetch(path, key=key)
     return validate(type(loaded.config), tree, loaded.origins)
 
 

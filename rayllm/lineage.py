@@ -201,4 +201,7 @@ def _remove(tree: dict[str, Any], key: str) -> None:
     node: Any = tree
     for parent in parents:
         node = node[int(parent)] if isinstance(node, list) else node.get(parent, {})
-    node.pop(leaf, None)
+    if isinstance(node, list):
+        node[int(leaf)] = None
+    else:
+        node.pop(leaf, None)

@@ -8,6 +8,7 @@ import math
 from bench.models import make_reward_model
 from bench.ppo import main
 from bench.report import main as write_report
+from bench.reward_models_page import at_level, write_page
 from bench.workload import NEW_TOKENS, NUM_RESPONSES, make_prompts
 from rayllm.models.loading import count_stored_parameters, is_sequence_classifier
 from tests.conftest import ROOT
@@ -51,3 +52,27 @@ def test_the_reward_model_has_the_models_weights_and_a_head(tiny_model_dir, tmp_
     make_reward_model(tiny_model_dir, tmp_path)
     assert is_sequence_classifier(tmp_path)
     assert count_stored_parameters(tmp_path) == count_stored_parameters(tiny_model_dir) + 64
+
+
+def test_gold_scores_are_compared_where_the_reward_model_score_is_the_same(tmp_path):
+    single = [{"kl": 0.0, "proxy": 0.0, "gold": 1.0}, {"kl": 2.0, "proxy": 2.0, "gold": 0.0, "spread": 0.1}]
+    single[0]["spread"] = 0.2
+    ensemble = [{"kl": 0.0, "proxy": 0.0, "gold": 1.0}, {"kl": 1.0, "proxy": 1.0, "gold": 2.0}]
+    for point in ensemble:
+        point["spread"] = 0.3
+    assert at_level(single, 0.5) == {"gold": 0.75, "kl": 0.5}
+    losses = {
+        name: {"accuracies": [accuracy], "calibration": 0.1, "tokens": tokens, "pairs": 9, "prompts": 3,
+               "settings": {"optimizer": {"learning_rate": 1e-3}}}
+        for name, accuracy, tokens in (("pairwise", 0.9, 100), ("all-pairs", 0.9, 60))
+    }  # fmt: skip
+    curves = {"ppo-single": single, "ppo-worst": ensemble}
+    assert write_page(losses, [0.8], curves, few=10, human="Near chance: ...", out=tmp_path) == 0
+    page = (tmp_path / "reward-models.md").read_text()
+    assert "| 1.00 | 0.50 (KL 1.0) | 2.00 (KL 1.0) |" in page and "> Near chance" in page and "Not kept" not in page and "not shown" not in page
+    assert (tmp_path / "overoptimisation.svg").read_text().count("<path") == 6
+    losses["all-pairs"]["tokens"] = 61
+    turned = {"ppo-single": ensemble, "ppo-worst": single}
+    assert write_page(losses, [0.8], turned, few=10, human=None, out=tmp_path) == 1
+    page = (tmp_path / "reward-models.md").read_text()
+    assert "not shown" in page and "Not kept" in page

@@ -26,6 +26,8 @@ RUN_BY = {
     ".venv/bin/rayllm sft run_dir=runs/mine": ".ci/run",
     ".venv/bin/rayllm label labeler=reward-model": ".ci/run",
     ".venv/bin/python -m bench.algorithms runs/quickstart runs/algorithms": ".ci/run",
+    ".venv/bin/python -m bench.reward_models runs/quickstart runs/reward_models": ".ci/run",
+    ".venv/bin/rayllm reward-report run_dir=runs/rm-report": ".ci/run",
     ".venv/bin/rayllm ppo --config runs/quickstart/ppo/config.yaml --config jobs/configs/grpo.yaml": ".ci/run",
     ".venv/bin/rayllm plan --config docs/plan-8b.yaml": "tests/jobs/test_plan.py",
     "ray get-auth-token --generate": "tests/jobs/test_cluster.py",

@@ -51,6 +51,8 @@ class Config(BaseModel):
         """Workers run in other folders than the command: paths are absolute from here on."""
         if isinstance(value, dict):
             return {key: cls._absolute(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(cls._absolute(item) for item in value)
         if not isinstance(value, Path) or is_on_hub(value):
             return value
         return value.expanduser().absolute()

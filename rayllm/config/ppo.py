@@ -28,9 +28,9 @@ class PPOConfig(DataJobConfig):
     model: Path
     """Model folder that policy and reference start from: the SFT model."""
 
-    reward_model: Path | None = None
-    """Model folder of the reward model; the critic starts from it too. Needed where a source of rewards is a model that
-    names no folder of its own."""
+    reward_model: Path | tuple[Path, ...] | None = None
+    """Model folder of the reward model, or a list of several, which score as an ensemble (`reward.uncertainty`); the
+    critic starts from the first. Needed where a source of rewards is a model that names no folder of its own."""
 
     prompts: DataPaths | None = None
     """Prompts to learn on: `prompt` (messages, text or token ids), OpenAI messages or GSM8K's columns; or a list of
@@ -75,7 +75,13 @@ class PPOConfig(DataJobConfig):
     @property
     def critic_start(self) -> Path:
         """Folder that the critic starts from."""
-        return self.critic.model or self.reward_model or self.model
+        return self.critic.model or next(iter(self.reward_models), self.model)
+
+    @property
+    def reward_models(self) -> tuple[Path, ...]:
+        """The reward models' folders, none in a run without."""
+        given = self.reward_model
+        return given if isinstance(given, tuple) else () if given is None else (given,)
 
     @property
     def off_policy(self) -> str:
@@ -131,7 +137,7 @@ class PPOConfig(DataJobConfig):
     @model_validator(mode="after")
     def _fits_together(self) -> PPOConfig:
         for name, source in self.reward.by_name.items():
-            if source.kind == "model" and source.model is None and self.reward_model is None:
+            if source.kind == "model" and source.model is None and not self.reward_models:
                 where = f"reward.sources.{name}" if self.reward.sources else "reward"
                 raise ValueError(
                     f"reward_model: required but not given, {where} needs one (with reward.source=gold none is needed)"

@@ -12,6 +12,8 @@ from pydantic import Field, field_validator, model_validator
 
 from rayllm.config.common import ActorsConfig
 
+Uncertainty = Literal["none", "mean_std", "worst"]
+
 
 class SourcesConfig(ActorsConfig):
     """What every source of rewards has, told once for all or for each."""
@@ -50,8 +52,20 @@ class ModelSource(SourceConfig):
 
     kind: Literal["model"] = "model"
 
-    model: Path | None = None
-    """Model folder; null: the run's `reward_model`."""
+    model: Path | tuple[Path, ...] | None = None
+    """Model folder, or several, which score as an ensemble; null: the run's `reward_model`."""
+
+    uncertainty: Uncertainty = "none"
+    """What several reward models, or several heads of one, make of a response that they disagree on: their mean
+    (`none`), the mean less their deviation (`mean_std`), or the least score (`worst`; Coste et al. 2023)."""
+
+    uncertainty_coef: float = Field(1.0, ge=0)
+    """Weight of the deviation in `mean_std`."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Its own models; none where it takes the run's."""
+        return self.model if isinstance(self.model, tuple) else () if self.model is None else (self.model,)
 
 
 class GoldSource(SourceConfig):
@@ -238,6 +252,13 @@ class RewardConfig(SourcesConfig):
     """`module:name` of the Python function that scores when source=function: f(prompts, responses, token_ids, rows)
     returns a number for each response."""
 
+    uncertainty: Uncertainty = "none"
+    """What several reward models, or several heads of one, make of a response that they disagree on: their mean
+    (`none`), the mean less their deviation (`mean_std`), or the least score (`worst`; Coste et al. 2023)."""
+
+    uncertainty_coef: float = Field(1.0, ge=0)
+    """Weight of the deviation in `mean_std`."""
+
     sources: dict[str, Source] = {}
     """Several sources, or one of another kind: name -> {kind: model, function, verifier, http, judge, gold or
     environment, ...}; docs/rewards.md has an example of each. In place of `source`."""
@@ -277,6 +298,9 @@ class RewardConfig(SourcesConfig):
         common = {key: getattr(self, key) for key in SourcesConfig.model_fields}
         if self.function is not None:
             return {"function": FunctionSource(function=self.function, **common)}
+        if self.source == "model":
+            ensemble = {"uncertainty": self.uncertainty, "uncertainty_coef": self.uncertainty_coef}
+            return {"model": ModelSource(**common, **ensemble)}
         return {self.source: KINDS[self.source](**common)}  # type: ignore[dict-item]
 
     def has(self, kind: str) -> bool:

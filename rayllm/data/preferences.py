@@ -6,7 +6,8 @@ are taken as they are; else the text is encoded with the chat template.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,21 @@ class Ranking:
     """By what was ranked."""
 
     @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) responses of every pair that has a better one."""
+        numbered = list(enumerate(self.ranks))
+        return [(i, j) for i, a in numbered for j, b in numbered if a < b]
+
+    @property
     def num_pairs(self) -> int:
         """Pairs with a better and a worse response."""
-        ranks = self.ranks
-        return sum(a != b for i, a in enumerate(ranks) for b in ranks[:i])
+        return len(self.pairs)
+
+    def select(self, rows: Sequence[int]) -> Ranking:
+        """The ranking of these responses alone."""
+        scores = None if self.scores is None else [self.scores[row] for row in rows]
+        sequences, ranks = [self.sequences[row] for row in rows], [self.ranks[row] for row in rows]
+        return replace(self, sequences=sequences, ranks=ranks, scores=scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +116,14 @@ def read_rankings(paths: Paths, tokenizer: Any, *, max_length: int, max_bad_rows
         if len(short) < len(sequences):
             reader.dropped["response longer than max_length"] += len(sequences) - len(short)
         ranking = Ranking(
-            [sequences[index] for index in short],
-            [row["ranks"][index] for index in short],
+            sequences,
+            row["ranks"],
             num_prompt_tokens,
             labeler=row["labeler"],
-            scores=None if row["scores"] is None else [row["scores"][index] for index in short],
+            scores=row["scores"],
             category=row["category"],
             criteria=row["criteria"],
-        )
+        ).select(short)
         if not ranking.num_pairs:
             raise RowDropped("no pair with a better response")
         return ranking, first_user_turn(row["prompt"])

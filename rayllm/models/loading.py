@@ -100,15 +100,20 @@ def load_causal_lm(path: Path | str, *, dtype: str = "float32") -> PreTrainedMod
     return model.eval()
 
 
-def load_sequence_classifier(path: Path | str, *, dtype: str = "float32") -> PreTrainedModel:
-    """A model with one score per sequence (``num_labels=1``), from a classifier's or a decoder's folder.
+def load_sequence_classifier(
+    path: Path | str, *, num_labels: int | None = None, dtype: str = "float32"
+) -> PreTrainedModel:
+    """A model that scores sequences, from a classifier's or a decoder's folder.
 
-    From a decoder the score head is new and random; seed torch before the call.
+    With ``num_labels``, and from a decoder, the score head is new and random. Null: the classifier's own head; one
+    label for a decoder.
     """
     from transformers import AutoModelForSequenceClassification
 
+    own = num_labels is None and is_sequence_classifier(Path(path))
+    labels = {} if own else {"num_labels": num_labels or 1, "ignore_mismatched_sizes": True}
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(path), num_labels=1, dtype=DTYPES[dtype], use_safetensors=True
+        str(path), dtype=DTYPES[dtype], use_safetensors=True, **labels
     )
     return model.eval()
 

@@ -42,13 +42,16 @@ def count_trainable(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
-def plan_trained(path: Path | str, learner: LearnerConfig, *, scalar: bool = False) -> tuple[int, int] | None:
+def plan_trained(
+    path: Path | str, learner: LearnerConfig, *, scalar: bool = False, num_heads: int = 1
+) -> tuple[int, int] | None:
     """`count_trainable` of a model folder under this config, None where all is trained; no weights are read.
 
     Args:
         path: model folder.
         learner: says what is trained.
         scalar: with a scalar head in place of the language model's.
+        num_heads: of the scalar head.
 
     Raises:
         InputError: as `choose_trained`.
@@ -61,7 +64,7 @@ def plan_trained(path: Path | str, learner: LearnerConfig, *, scalar: bool = Fal
     with torch.device("meta"):
         model: nn.Module
         if scalar:
-            config.num_labels = 1
+            config.num_labels = num_heads
             model = ScalarModel(AutoModelForSequenceClassification.from_config(config))
         else:
             model = AutoModelForCausalLM.from_config(config)

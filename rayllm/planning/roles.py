@@ -99,14 +99,15 @@ def _ppo_roles(config: PPOConfig, workload: WorkloadConfig) -> list[RoleSpec]:
         reference = config.reference
         rows = min(reference.micro_batch_size, shard)
         roles.append(_actors("reference", "frozen", reference, shape=shape, rows=rows, tokens=longest))
-    reward = config.reward
-    if reward.source == "model":
-        assert config.reward_model is not None
-        scorer = find_shape(config.reward_model, key="reward_model").with_scalar_head()
-        rows = min(reward.micro_batch_size, shard)
-        roles.append(_actors("reward", "frozen", reward, shape=scorer, rows=rows, tokens=longest))
+    if config.reward.sources or len(config.reward_models) > 1:
+        raise InputError("reward: a plan knows one source of rewards with one model; plan the run with one of them")
+    (source,) = config.reward.by_name.values()
+    if source.kind == "model":
+        scorer = find_shape(config.reward_models[0], key="reward_model").with_scalar_head()
+        rows = min(source.micro_batch_size, shard)
+        roles.append(_actors("reward", "frozen", source, shape=scorer, rows=rows, tokens=longest))
     else:
-        roles.append(_actors("reward", "plain", reward))
+        roles.append(_actors("reward", "plain", source))
     sequences = -(-config.prompts_per_step * config.samples_per_prompt // config.rollout.num_actors)
     engine = config.rollout.engine
     roles.append(

@@ -23,6 +23,8 @@ from markupsafe import Markup
 from rayllm.report import curves, views
 from rayllm.report.findings import Evaluation, Finding, headline, overoptimised, verdict
 from rayllm.report.glossary import DASH, count, date, duration, number, percent
+from rayllm.report.reward import REPORT
+from rayllm.report.reward_view import reward_view
 from rayllm.report.samples import clean, samples
 from rayllm.report.views import Stage
 
@@ -35,6 +37,8 @@ TEMPLATES = Path(__file__).with_name("templates")
 def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.json`` into ``run_dir`` and return their paths.
 
+    ``run_dir`` is that of a pipeline, or of one job.
+
     Raises:
         ValueError: if ``run_dir`` holds no stage, or a record there is not valid JSON.
     """
@@ -45,15 +49,20 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
             f"{run_dir} holds no run: expected <stage>/run.json with a stage such as {STAGES[2]}"
         )
     evaluation = _read_json(run_dir / "evaluate" / "evaluation.json")
+    reward = _read_json(run_dir / "reward_model" / REPORT) or _read_json(run_dir / REPORT)
     page, record = run_dir / "report.html", run_dir / "report.json"
-    content = _content(run_dir.name, stages, evaluation)
-    _write(record, json.dumps(_strict(_record(content, stages, evaluation)), indent=1, ensure_ascii=False))
+    content = _content(run_dir.name, stages, evaluation, reward)
+    told = _record(content, stages, evaluation, reward)
+    _write(record, json.dumps(_strict(told), indent=1, ensure_ascii=False))
     _write(page, render(content))
     return page, record
 
 
 def load_stages(run_dir: Path) -> list[Stage]:
     """The stages of the run in pipeline order; one that the list does not know comes before ``evaluate``."""
+    alone = _read_json(run_dir / "run.json")
+    if alone:
+        return [Stage(str(alone.get("stage")), alone, _read_events(run_dir / "events.jsonl"))]
     names = [path.parent.name for path in sorted(run_dir.glob("*/run.json"))]
     names = [name for name in names if "." not in name]  # sft.old-20261112 was replaced by another run
     order = {name: position for position, name in enumerate(STAGES)}
@@ -82,13 +91,15 @@ def render(content: dict[str, Any]) -> str:
     )
 
 
-def _content(name: str, stages: list[Stage], evaluation: dict[str, Any]) -> dict[str, Any]:
+def _content(
+    name: str, stages: list[Stage], evaluation: dict[str, Any], reward: dict[str, Any]
+) -> dict[str, Any]:
     """Everything on the page, in its order."""
     data = Evaluation(evaluation)
     events = {stage.name: stage.events for stage in stages}
     tables = [views.stages_table(data, split) for split in data.splits] if data.models else []
     seconds = [number(stage.record.get("seconds")) or 0.0 for stage in stages]
-    finding, sentences = _findings(stages, evaluation)
+    finding, sentences = _findings(stages, evaluation, reward)
     return {
         "name": name,
         "facts": _facts(stages, sum(seconds)),
@@ -98,6 +109,7 @@ def _content(name: str, stages: list[Stage], evaluation: dict[str, Any]) -> dict
         "tables": [table for table in tables if table["groups"]],
         "sampling": _pairs(evaluation.get("sampling")),
         "reward_model": _reward_model(evaluation),
+        "reward": reward_view(reward),
         "figures": curves.build(curves.FIGURES, events),
         "more_figures": curves.build(curves.MORE_FIGURES, events),
         "samples": samples(data),
@@ -116,12 +128,16 @@ def _content(name: str, stages: list[Stage], evaluation: dict[str, Any]) -> dict
     }
 
 
-def _findings(stages: list[Stage], evaluation: dict[str, Any]) -> tuple[Finding, list[str]]:
+def _findings(
+    stages: list[Stage], evaluation: dict[str, Any], reward: dict[str, Any]
+) -> tuple[Finding, list[str]]:
     """The verdict and its sentences; a stage that failed comes before anything that was measured."""
     failed = [stage for stage in stages if stage.status == "failed"]
     if failed:
         error = str(failed[0].record.get("error") or "no error text").strip()
         finding = Finding("bad", f"The stage {failed[0].name} failed: {clean(error.splitlines()[-1], 300)}")
+    elif reward and len(stages) == 1:
+        finding = Finding(reward["verdict"]["tone"], f"Reward model: {reward['verdict']['text']}")
     elif not evaluation.get("metrics"):
         unfinished = [f"{stage.name} is {stage.status}" for stage in stages if stage.status != "done"]
         told = f" ({', '.join(unfinished)})" if unfinished else ""
@@ -218,7 +234,9 @@ def _pairs(values: Any) -> list[tuple[str, str]]:
     return [(str(key), text) for key, text in shown.items()]
 
 
-def _record(content: dict[str, Any], stages: list[Stage], evaluation: dict[str, Any]) -> dict[str, Any]:
+def _record(
+    content: dict[str, Any], stages: list[Stage], evaluation: dict[str, Any], reward: dict[str, Any]
+) -> dict[str, Any]:
     """The machine-readable report; unlike the page it holds full ids and unrounded numbers."""
     kept = (
         "stage",
@@ -245,6 +263,7 @@ def _record(content: dict[str, Any], stages: list[Stage], evaluation: dict[str, 
         "stages": [{key: stage.record.get(key) for key in kept} | {"stage": stage.name} for stage in stages],
         "stages_table": content["tables"],
         "evaluation": {key: value for key, value in evaluation.items() if key != "samples"},
+        "reward_model": {key: value for key, value in reward.items() if key != "disagreements"},
         "timings": {"total_seconds": content["total"]["seconds"], "stages": timings},
         "lineage": content["lineage"],
     }

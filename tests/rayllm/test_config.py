@@ -16,7 +16,7 @@ from rayllm.config.pipeline import WIRING, PipelineConfig
 from rayllm.config.ppo import PPOConfig
 from rayllm.config.sft import SftConfig
 from rayllm.errors import InputError
-from rayllm.lineage import config_inputs
+from rayllm.lineage import config_inputs, fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = ["run_dir=r", "model=m", "reward_model=w", "prompts=p"]
@@ -110,7 +110,7 @@ def test_ppo_stays_a_config_that_one_can_read():
     # The fields that are PPO's own; an optimizer, a learner or the placement is the same everywhere.
     shared = re.compile(r"\.optimizer\.|\.learner\.|^placement\.")
     own = [key for key, *_ in describe_fields(PPOConfig) if not shared.search(key)]
-    assert len(own) <= 93
+    assert len(own) <= 95
 
 
 PRESETS = sorted(path for path in (ROOT / "jobs/configs").glob("*.yaml") if path.stem != "quickstart")
@@ -245,6 +245,17 @@ def test_text_on_the_command_line_stays_text(text):
 def test_a_labeler_gets_what_it_needs_and_nothing_else(overrides, message):
     with pytest.raises(InputError, match=message):
         load_config(LabelConfig, None, ["run_dir=r", "model=m", "prompts=p", *overrides])
+def test_several_reward_models_are_inputs_of_their_own(tmp_path):
+    config = ppo("reward_model=[one, two]").config
+    assert [path.name for path in config.reward_models] == ["one", "two"] and config.critic_start.name == "one"
+    assert all(path.is_absolute() for path in config.reward_models)
+    inputs = config_inputs(config)
+    assert inputs["reward_model.0"].name == "one" and inputs["reward_model.1"].name == "two"
+    ids = dict.fromkeys(inputs, "same")
+    elsewhere = ppo(f"reward_model=[{tmp_path}/a, {tmp_path}/b]").config
+    assert fingerprint("ppo", config, ids) == fingerprint("ppo", elsewhere, ids)  # by content, not by name
+    assert fingerprint("ppo", config, ids) != fingerprint("ppo", config, {**ids, "reward_model.1": "other"})
+    assert ppo().config.reward_models[0].name == "w"
 
 
 def test_sources_of_rewards_take_from_their_section_what_they_do_not_say():

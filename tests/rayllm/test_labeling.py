@@ -84,7 +84,7 @@ def test_files_are_read_back_by_what_learns_from_them(tmp_path, tiny_tokenizer):
     assert rankings.count == 5000
     data = read_rankings(tmp_path / "rankings.parquet", tiny_tokenizer, max_length=100)
     assert len(data.rankings) == 5000 and data.rankings[-1].ranks == [1, 0, 2]
-    found, _ = read_conversations(tmp_path / "best.parquet", tiny_tokenizer, max_length=100)
+    found = read_conversations(tmp_path / "best.parquet", tiny_tokenizer, max_length=100)
     assert len(found.examples) == 5000
 
 

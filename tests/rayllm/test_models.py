@@ -77,13 +77,62 @@ def test_the_scalar_head_is_the_classifier_of_transformers(tmp_path, tiny_model_
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_reward_does_not_depend_on_padding(tiny_model_dir):
-    model = ScalarModel.from_folder(tiny_model_dir, seed=3).eval()
+def padded(rows: list[list[int]], *, pad: int, side: str, extra: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as one batch, ``extra`` columns wider than the longest."""
+    width = max(map(len, rows)) + extra
+    tokens, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, ids in enumerate(rows):
+        place = slice(0, len(ids)) if side == "right" else slice(width - len(ids), width)
+        tokens[row, place], mask[row, place] = torch.tensor(ids), True
+    return tokens, mask
+
+
+@pytest.mark.parametrize("num_heads", [1, 3])
+@pytest.mark.parametrize("pad", ["pad", "eos", 7])
+@pytest.mark.parametrize("extra", [0, 5])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_reward_depends_on_nothing_but_its_sequence(tiny_model_dir, tiny_tokenizer, side, extra, pad, num_heads):
+    end = tiny_tokenizer.eos_token_id
+    pad = {"pad": tiny_tokenizer.pad_token_id, "eos": end}.get(pad, pad)
+    # End-of-turn tokens inside a prompt, none at the end of a response, the padding's token inside a response.
+    rows = [[5, 6, end, 9, 10, end], [9, end], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, end], [7, 8, 7], [end]]
+    model = ScalarModel.from_folder(tiny_model_dir, seed=3, num_heads=num_heads).eval()
     with torch.no_grad():
-        alone = sequence_rewards(model(torch.tensor([[9, 10]]), torch.ones(1, 2).bool()), torch.ones(1, 2).bool())
-        mask = torch.tensor([[1, 1, 0, 0, 0]]).bool()
-        padded = sequence_rewards(model(torch.tensor([[9, 10, 2, 2, 2]]), mask), mask)
-    torch.testing.assert_close(alone, padded)
+        alone = []
+        for row in rows:
+            ids = torch.tensor([row])
+            alone.append(sequence_rewards(model(ids, torch.ones_like(ids).bool()), torch.ones_like(ids).bool()))
+        tokens, mask = padded(rows, pad=pad, side=side, extra=extra)
+        together = sequence_rewards(model(tokens, mask), mask)
+        turned = sequence_rewards(model(tokens.flip(0), mask.flip(0)), mask.flip(0)).flip(0)
+    expected = torch.cat(alone)
+    assert expected.shape == ((5,) if num_heads == 1 else (5, num_heads))
+    assert len({round(float(value), 3) for value in expected.flatten()}) == expected.numel()  # they do differ
+    torch.testing.assert_close(together, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(turned, expected, atol=1e-5, rtol=0)
+
+
+def test_an_ensemble_is_a_classifier_with_a_label_a_head(tmp_path, tiny_model_dir, tiny_tokenizer):
+    model = ScalarModel.from_folder(tiny_model_dir, seed=3, num_heads=3).eval()
+    model.classifier.config.reward_mean, model.classifier.config.reward_std = [0.0, 1.0, 2.0], [1.0, 2.0, 4.0]
+    save_model(model.classifier, tiny_tokenizer, tmp_path)
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        ours = sequence_rewards(model(ids, torch.ones_like(ids)), torch.ones_like(ids))
+        torch.testing.assert_close(classifier(input_ids=ids).logits, ours)
+        again = ScalarModel.from_folder(tmp_path).eval()
+        assert again.num_heads == 3 and [m.tolist() for m in again.moments()] == [[0, 1, 2], [1, 2, 4]]
+        torch.testing.assert_close(sequence_rewards(again(ids, torch.ones_like(ids)), torch.ones_like(ids)), ours)
+        one = ScalarModel.from_folder(tmp_path, num_heads=1).eval()  # as a critic starts from it
+        merged = sequence_rewards(one(ids, torch.ones_like(ids)), torch.ones_like(ids))
+    torch.testing.assert_close(merged, (ours / torch.tensor([1.0, 2.0, 4.0])).mean(1))
+
+
+def test_a_classifier_of_several_labels_is_no_reward_model(tmp_path, tiny_model_dir, tiny_tokenizer):
+    save_model(ScalarModel.from_folder(tiny_model_dir, seed=0, num_heads=2).classifier, tiny_tokenizer, tmp_path)
+    with pytest.raises(InputError, match="a classifier of 2 labels, expected a reward model"):
+        ScalarModel.from_folder(tmp_path)
 
 
 def test_values_stand_before_their_token():

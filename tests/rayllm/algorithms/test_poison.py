@@ -107,6 +107,7 @@ WITHOUT_MASK = {
     "checks.require_dim": SHAPES,
     "checks.require_known": SHAPES,
     "checks.require_same_shape": SHAPES,
+    "ensembles.combine_ensemble": SCORES,
     "kl.next_kl_coef": "one number a step",
     "preference.preference_loss": SCORES,
     "ranking.kwise_loss": SCORES,
