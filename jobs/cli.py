@@ -53,6 +53,9 @@ COMMANDS = {
     "label": Command("label", "label:LabelConfig", "sample answers with vLLM and rank them, best to worst"),
     "reward-model": Command("reward_model", "reward_model:RewardModelConfig", "learn a reward from rankings"),
     "preference": Command("preference", "preference:PreferenceConfig", "DPO and its kin: learn straight from rankings"),
+    "online-preference": Command(
+        "online_preference", "online_preference:OnlinePreferenceConfig", "label and preference in turns"
+    ),
     "ppo": Command("ppo", "ppo:PPOConfig", "RLHF: improve the SFT model against the reward model"),
     "evaluate": Command("evaluate", "evaluate:EvaluateConfig", "all models side by side on held-out prompts"),
     "serve": Command("serve", "serve:ServeConfig", "serve a model as an OpenAI-compatible chat API"),
