@@ -122,9 +122,9 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
         return submit(command.module, [*given, *parsed.overrides], loaded.config, parsed.address, console)
     signal.signal(signal.SIGTERM, _terminate)
     if any(is_on_hub(path) for path in config_inputs(loaded.config).values()):
-        from rayllm.models.hub import fetch_models
+        from rayllm.hub import fetch_inputs
 
-        loaded = fetch_models(loaded)
+        loaded = fetch_inputs(loaded)
     module = importlib.import_module(f"jobs.{command.module}")
     try:
         job = module.run(loaded, console, verbose=parsed.verbose)

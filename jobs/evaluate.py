@@ -115,9 +115,12 @@ def read_splits(job: Run, config: EvaluateConfig, tokenizer: Any) -> dict[str, P
     room = max_positions(next(iter(config.models.values()))) - config.rollout.max_new_tokens
     splits = {}
     for name, path in config.prompts.items():
-        splits[name] = read_prompts(path, tokenizer, max_prompt_tokens=room, limit=config.num_prompts)
+        splits[name] = read_prompts(
+            path, tokenizer, max_prompt_tokens=room, limit=config.num_prompts, max_bad_rows=config.max_bad_rows
+        )
         check_world_rows(splits[name].rows, key=f"prompts.{name}")
-        job.add_data(f"prompts.{name}", rows=len(splits[name]), dropped=splits[name].dropped)
+        facts = splits[name].facts
+        job.add_data(f"prompts.{name}", **facts, rows=len(splits[name]), dropped=splits[name].dropped)
     return splits
 
 

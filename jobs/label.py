@@ -41,9 +41,11 @@ def run(loaded: Loaded[LabelConfig], console: Console, *, verbose: bool = False)
         wanted = {"prompts": config.num_prompts, "heldout_prompts": config.num_heldout_prompts}
         data: dict[str, PromptData] = {}
         for key, limit in wanted.items():
-            data[key] = read_prompts(getattr(config, key), tokenizer, max_prompt_tokens=room, limit=limit)
+            data[key] = read_prompts(
+                getattr(config, key), tokenizer, max_prompt_tokens=room, limit=limit, max_bad_rows=config.max_bad_rows
+            )
             check_world_rows(data[key].rows, key=key)
-            job.add_data(key, rows=len(data[key]), dropped=data[key].dropped)
+            job.add_data(key, **data[key].facts, rows=len(data[key]), dropped=data[key].dropped)
         metrics: dict[str, float] = {}
         with ray_session(job.logs_dir, verbose=verbose):
             role = rollout_role(config.rollout)

@@ -29,6 +29,7 @@ from rayllm.config.base import Loaded
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.files import check_data_file
 from rayllm.data.prompts import PromptData, read_prompts
+from rayllm.data.sources import check_sources, shown_paths
 from rayllm.data.text import tokenize_documents
 from rayllm.environments.loading import load_environment, make_prompts
 from rayllm.errors import InputError
@@ -109,7 +110,9 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     for key, path in (("reward_model", config.reward_model), ("critic.model", config.critic.model)):
         if path is not None:
             check_model_dir(path, key=key)
-    for key, path in (("prompts", config.prompts), ("eval.prompts", config.eval.prompts),
+    if config.prompts is not None:
+        check_sources(config.prompts, key="prompts")
+    for key, path in (("eval.prompts", config.eval.prompts),
                       ("ptx.documents", config.ptx.documents), ("eval.documents", config.eval.documents)):  # fmt: skip
         if path is not None:
             check_data_file(path, key=key)
@@ -173,11 +176,13 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
         return prompts, PromptData(rows, [], {})
     room = max_positions(config.model) - config.rollout.max_new_tokens
     assert config.prompts is not None
-    prompts = read_prompts(config.prompts, tokenizer, max_prompt_tokens=room)
-    job.add_data("prompts", rows=len(prompts), dropped=prompts.dropped)
+    prompts = read_prompts(
+        config.prompts, tokenizer, max_prompt_tokens=room, max_bad_rows=config.max_bad_rows, seed=config.seed
+    )
+    job.add_data("prompts", **prompts.facts, rows=len(prompts), dropped=prompts.dropped)
     if len(prompts) < config.prompts_per_step:
         raise InputError(
-            f"prompts: {config.prompts} has {len(prompts)} usable prompts, "
+            f"prompts: {shown_paths(config.prompts)} has {len(prompts)} usable prompts, "
             f"prompts_per_step={config.prompts_per_step} needs at least that many"
         )
     if config.reward.source == "gold":
@@ -185,9 +190,10 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
     if config.eval.prompts is None:
         return prompts, None
     held_out = read_prompts(
-        config.eval.prompts, tokenizer, max_prompt_tokens=room, limit=config.eval.num_prompts
-    )
-    job.add_data("eval.prompts", rows=len(held_out), dropped=held_out.dropped)
+        config.eval.prompts, tokenizer, max_prompt_tokens=room, limit=config.eval.num_prompts,
+        max_bad_rows=config.max_bad_rows,
+    )  # fmt: skip
+    job.add_data("eval.prompts", **held_out.facts, rows=len(held_out), dropped=held_out.dropped)
     if config.eval.judge == "gold":
         check_world_rows(held_out.rows, key="eval.prompts")
     return prompts, held_out

@@ -17,9 +17,9 @@ from rayllm.algorithms.ranking import kwise_loss
 from rayllm.config.base import Loaded
 from rayllm.config.reward_model import RewardModelConfig
 from rayllm.data.batching import BatchOrder
-from rayllm.data.files import check_data_file
 from rayllm.data.padding import pad_right
-from rayllm.data.preferences import Ranking, read_rankings
+from rayllm.data.preferences import Ranking, RankingData, read_rankings
+from rayllm.data.sources import check_sources, kept
 from rayllm.errors import InputError
 from rayllm.models.engine import Engine
 from rayllm.models.heads import ScalarModel, sequence_rewards
@@ -138,24 +138,18 @@ def run(loaded: Loaded[RewardModelConfig], console: Console, *, verbose: bool = 
     """The `reward-model` job."""
     config = loaded.config
     check_model_dir(config.model, key="model")
-    check_data_file(config.rankings, key="rankings")
-    check_data_file(config.heldout_rankings, key="heldout_rankings")
+    check_sources(config.rankings, key="rankings")
+    if config.heldout_rankings is not None:
+        check_sources(config.heldout_rankings, key="heldout_rankings")
     job = Run("reward_model", loaded)
     if job.done:
         return job
     with job:
         tokenizer = load_tokenizer(config.model)
-        data = {}
-        for key in ("rankings", "heldout_rankings"):
-            data[key] = read_rankings(getattr(config, key), tokenizer, max_length=config.max_length)
-            found = data[key]
-            job.add_data(
-                key, rows=len(found.rankings), pairs=found.num_pairs, tokens=found.num_tokens, dropped=found.dropped
-            )
-        rankings, heldout = data["rankings"].rankings, data["heldout_rankings"].rankings
+        rankings, heldout = read_data(job, config, tokenizer)
         if len(rankings) < config.batch_size or not heldout:
             raise InputError(
-                f"rankings: {len(rankings)} prompts with a pair, heldout_rankings: {len(heldout)}; "
+                f"rankings: {len(rankings)} prompts with a pair to train on, {len(heldout)} held out; "
                 f"batch_size={config.batch_size} needs at least {config.batch_size} and 1"
             )
         num_steps = max(1, int(len(rankings) * config.num_epochs / config.batch_size))
@@ -171,6 +165,27 @@ def run(loaded: Loaded[RewardModelConfig], console: Console, *, verbose: bool = 
         )
         train(job, task, console, verbose=verbose)
     return job
+
+
+def read_data(job: Run, config: RewardModelConfig, tokenizer: Any) -> tuple[list[Ranking], list[Ranking]]:
+    """(rankings to train on, held-out ones), no prompt in both."""
+    limits = {"max_length": config.max_length, "max_bad_rows": config.max_bad_rows}
+    data = read_rankings(config.rankings, tokenizer, **limits)
+    if config.heldout_rankings is None:
+        train_rows, heldout_rows = data.origins.split(config.heldout_fraction, seed=config.seed)
+        note_data(job, "rankings", data, heldout_rows=len(heldout_rows))
+        return kept(data.rankings, train_rows), kept(data.rankings, heldout_rows)
+    note_data(job, "rankings", data)
+    heldout = read_rankings(config.heldout_rankings, tokenizer, **limits).apart_from(data)
+    note_data(job, "heldout_rankings", heldout)
+    rows = data.origins.mix(range(len(data.rankings)), seed=config.seed)
+    return kept(data.rankings, rows), heldout.rankings
+
+
+def note_data(job: Run, key: str, data: RankingData, **more: int) -> None:
+    """Into the run record."""
+    counts = {"rows": len(data.rankings), "pairs": data.num_pairs, "tokens": data.num_tokens, **more}
+    job.add_data(key, **data.origins.facts, **counts, dropped=data.dropped)
 
 
 if __name__ == "__main__":

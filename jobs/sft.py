@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +18,10 @@ from rayllm.algorithms.logprobs import token_logprobs
 from rayllm.config.base import Loaded
 from rayllm.config.sft import SftConfig
 from rayllm.data.batching import BatchOrder
-from rayllm.data.chat import ChatData, ChatExample, check_chat_template, read_conversations
+from rayllm.data.chat import ChatExample, check_chat_template, read_conversations
 from rayllm.data.files import check_data_file
 from rayllm.data.padding import pad_right
+from rayllm.data.sources import check_sources, kept, shown_paths
 from rayllm.data.text import PackedRows, tokenize_documents
 from rayllm.errors import InputError
 from rayllm.models.engine import Engine
@@ -118,7 +118,7 @@ def run(loaded: Loaded[SftConfig], console: Console, *, verbose: bool = False) -
     """The `sft` job."""
     config = loaded.config
     check_model_dir(config.model, key="model")
-    check_data_file(config.data, key="data")
+    check_sources(config.data, key="data")
     if config.replay.documents is not None:
         check_data_file(config.replay.documents, key="replay.documents")
     job = Run("sft", loaded)
@@ -143,10 +143,14 @@ def run(loaded: Loaded[SftConfig], console: Console, *, verbose: bool = False) -
 def prepare(job: Run, config: SftConfig) -> SftTask:
     """Read and encode the demonstrations; keep some prompts out for the held-out loss."""
     tokenizer = load_tokenizer(config.model)
-    data, first_turns = read_conversations(config.data, tokenizer, max_length=config.max_length)
-    train_rows, heldout = split_by_text(data, first_turns, config.heldout_fraction)
+    data = read_conversations(
+        config.data, tokenizer, max_length=config.max_length, max_bad_rows=config.max_bad_rows
+    )
+    split = data.origins.split(config.heldout_fraction, seed=config.seed)
+    train_rows, heldout = (kept(data.examples, rows) for rows in split)
     job.add_data(
         "data",
+        **data.origins.facts,
         rows=len(data.examples),
         tokens=data.num_tokens,
         loss_tokens=data.num_loss_tokens,
@@ -155,7 +159,7 @@ def prepare(job: Run, config: SftConfig) -> SftTask:
     )
     if len(train_rows) < config.batch_size or not heldout:
         raise InputError(
-            f"data: {config.data} leaves {len(train_rows)} rows to train on and {len(heldout)} held out; "
+            f"data: {shown_paths(config.data)} leaves {len(train_rows)} rows to train on and {len(heldout)} held out; "
             f"batch_size={config.batch_size} needs at least {config.batch_size} and 1"
         )
     replay_path = None
@@ -166,16 +170,6 @@ def prepare(job: Run, config: SftConfig) -> SftTask:
         job.add_data("replay.documents", rows=stream.num_documents, tokens=len(stream.tokens), dropped={})
     num_steps = max(1, int(len(train_rows) * config.num_epochs / config.batch_size))
     return SftTask(config, train_rows, heldout, replay_path, int(tokenizer.pad_token_id), num_steps)
-
-
-def split_by_text(
-    data: ChatData, first_turns: Sequence[str], fraction: float
-) -> tuple[list[ChatExample], list[ChatExample]]:
-    """(train, held out), split by the first turn's text, so that one prompt is never in both."""
-    parts: tuple[list[ChatExample], list[ChatExample]] = ([], [])
-    for example, text in zip(data.examples, first_turns, strict=True):
-        parts[zlib.crc32(text.encode()) / 2**32 < fraction].append(example)
-    return parts
 
 
 if __name__ == "__main__":

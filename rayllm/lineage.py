@@ -27,11 +27,23 @@ def sha256_file(path: Path) -> str:
 
 
 def content_id(path: Path) -> str:
-    """Id of a model folder (its manifest's id, or one made from its files) or of a data file (its digest)."""
+    """Id of a model folder (its manifest's id, or one made from its files), of a data file (its digest) or of a folder
+    of data files."""
     if path.is_file():
         return sha256_file(path)
     manifest = read_manifest(path)
-    return manifest["id"] if manifest else _folder_id(file_digests(path))
+    if manifest:
+        return str(manifest["id"])
+    if is_model_dir(path):
+        return _folder_id(file_digests(path))
+    from rayllm.data.files import data_files  # pyarrow is slow to import, and most commands need none
+
+    return _folder_id({str(file.relative_to(path)): sha256_file(file) for file in data_files(path)})
+
+
+def is_model_dir(path: Path) -> bool:
+    """Whether this is a folder of a model or of a tokenizer, not of data."""
+    return any((path / name).is_file() for name in (MANIFEST, "config.json", "tokenizer.json"))
 
 
 def file_digests(folder: Path) -> dict[str, str]:
@@ -95,6 +107,10 @@ def config_inputs(config: Config, *, skip: tuple[str, ...] = ("run_dir",)) -> di
             found.update({f"{name}.{key}": path for key, path in config_inputs(value, skip=()).items()})
         elif isinstance(value, dict):
             found.update({f"{name}.{key}": path for key, path in value.items() if isinstance(path, Path)})
+        elif isinstance(value, tuple):
+            sections = [(index, item) for index, item in enumerate(value) if isinstance(item, Config)]
+            for index, item in sections:
+                found.update({f"{name}.{index}.{key}": path for key, path in config_inputs(item, skip=()).items()})
     return found
 
 
@@ -149,6 +165,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 def _remove(tree: dict[str, Any], key: str) -> None:
     *parents, leaf = key.split(".")
+    node: Any = tree
     for parent in parents:
-        tree = tree.get(parent, {})
-    tree.pop(leaf, None)
+        node = node[int(parent)] if isinstance(node, list) else node.get(parent, {})
+    node.pop(leaf, None)

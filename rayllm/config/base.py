@@ -181,6 +181,7 @@ def _type_name(info: FieldInfo) -> str:
     text = getattr(info.annotation, "__name__", None)
     if text is None or "[" in str(info.annotation) or "|" in str(info.annotation):
         text = str(info.annotation)
+    text = text.replace("tuple[rayllm.config.data.WeightedPath, ...]", "list of {path, weight}")
     for noise in ("typing.", "pathlib.", "<class '", "'>"):
         text = text.replace(noise, "")
     return text.replace("Literal[", "one of [").replace("NoneType", "None")

@@ -22,6 +22,14 @@ class JobConfig(Config):
     refusing."""
 
 
+class DataJobConfig(JobConfig):
+    """A job that reads rows."""
+
+    max_bad_rows: int = Field(0, ge=0)
+    """Malformed rows of each input that are passed over, named in the run record; one more ends the job before
+    anything starts."""
+
+
 class OptimizerConfig(Config):
     name: Literal["adamw", "muon"] = "adamw"
     """`muon` turns each weight matrix of the decoder blocks by an orthogonal step (Jordan et al. 2024), sized so that
@@ -159,7 +167,7 @@ class CheckpointConfig(Config):
     """Newest checkpoints kept."""
 
 
-class TrainConfig(JobConfig):
+class TrainConfig(DataJobConfig):
     """What the Ray Train jobs have in common."""
 
     batch_size: int = Field(16, ge=1)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from rayllm.config.common import JobConfig
+from rayllm.config.common import DataJobConfig
 from rayllm.config.label import RolloutConfig
 
 
-class EvaluateConfig(JobConfig):
+class EvaluateConfig(DataJobConfig):
     models: dict[str, Path]
     """Name -> model folder, oldest first; each is compared with the one it was trained from, or, where that is not
     among them, with the one before it. Drift (KL) is measured from the model named by `reference`."""

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rayllm.config.base import Config
-from rayllm.config.common import JobConfig
+from rayllm.config.common import DataJobConfig
 
 
 class RolloutConfig(Config):
@@ -40,12 +40,12 @@ class RolloutConfig(Config):
     """vLLM engine arguments by vLLM's own names, over our defaults."""
 
 
-class LabelConfig(JobConfig):
+class LabelConfig(DataJobConfig):
     model: Path
     """Model folder that answers."""
 
     prompts: Path
-    """Prompts to answer and rank: Parquet or JSONL with a `prompt` column (messages or text)."""
+    """Prompts to answer and rank: `prompt` (messages or text), OpenAI messages or GSM8K's columns."""
 
     heldout_prompts: Path
     """Prompts whose rankings, without label noise, measure the reward model."""

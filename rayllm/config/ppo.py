@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from rayllm.config.common import CheckpointConfig, JobConfig, OptimizerConfig
+from rayllm.config.common import CheckpointConfig, DataJobConfig, OptimizerConfig
+from rayllm.config.data import DataPaths
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.rl import (
     AlgorithmConfig,
@@ -20,19 +21,19 @@ from rayllm.config.rl import (
     ShapingConfig,
 )
 
-PROMPTS_HELP = "Prompts to learn on: Parquet or JSONL with a `prompt` column."
+PROMPTS_HELP = "Prompts to learn on: a file with a `prompt` column, OpenAI messages or GSM8K's columns."
 
 
-class PPOConfig(JobConfig):
+class PPOConfig(DataJobConfig):
     model: Path
     """Model folder that policy and reference start from: the SFT model."""
 
     reward_model: Path | None = None
     """Model folder of the reward model; the critic starts from it too. Needed where reward.source=model."""
 
-    prompts: Path | None = None
-    """Prompts to learn on: Parquet or JSONL with a `prompt` column (messages or text). Needed unless an environment
-    makes its own."""
+    prompts: DataPaths | None = None
+    """Prompts to learn on: `prompt` (messages, text or token ids), OpenAI messages or GSM8K's columns; or a list of
+    {path, weight}. Needed unless an environment makes its own."""
 
     num_steps: int = Field(40, ge=1)
     """Steps: one batch of rollouts and its update each."""

@@ -8,25 +8,31 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rayllm.config.common import OptimizerConfig, TrainConfig
+from rayllm.config.data import DataPaths
 
 
 class PreferenceConfig(TrainConfig):
     model: Path
     """Model folder to start from: the SFT model. It is the reference too, for the kinds that have one."""
 
-    preferences: Path
-    """Rankings, as the label job writes them; two responses make a pair."""
+    preferences: DataPaths
+    """Rankings as the label job writes them, preference pairs, Anthropic HH strings or scored completions, for kto also
+    single judgements; JSONL, JSON, CSV, Parquet, Arrow, a folder, hf://datasets/ORG/NAME; or a list of
+    {path, weight}."""
 
-    heldout_preferences: Path
-    """Rankings for the held-out loss and accuracy, of prompts not in `preferences`."""
+    heldout_preferences: DataPaths | None = None
+    """The same for the held-out loss and accuracy; rows of prompts that stand in `preferences` are left out. Null sets
+    a part of `preferences` aside."""
+
+    heldout_fraction: float = Field(0.1, gt=0, lt=0.5)
+    """Share of the prompts of `preferences` that are set aside where heldout_preferences is null."""
 
     kind: Literal["dpo", "robust", "ipo", "hinge", "kto", "orpo", "simpo"] = "dpo"
     """The loss. `kto` learns from single responses that are wanted or not; `orpo` and `simpo` have no reference."""
 
     pairs: Literal["all", "best_worst"] = "all"
     """Which pairs of a ranking are compared: every better response with every worse one, or the best with the worst.
-    For kto: responses that beat more than they lose to are wanted, the opposite unwanted; or only the best and the
-    worst."""
+    Kto always takes the best as wanted and the worst as unwanted."""
 
     beta: float = Field(0.1, gt=0)
     """Strength of the pull to the reference: smaller values let the model move further. For simpo the scale of the
@@ -52,14 +58,14 @@ class PreferenceConfig(TrainConfig):
     """Longest prompt with response, in tokens; longer responses are dropped and counted."""
 
     num_epochs: float = Field(1, gt=0)
-    """Passes over the preferences; batch_size counts prompts, each with all its responses."""
+    """Passes over the preferences; batch_size counts prompts, each with all its responses, and for kto responses."""
 
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Most tokens in one forward pass, padding included (rows x longest row); a longer prompt goes alone. When set,
     passes are cut by it and not by micro_batch_size. Changes speed and memory, nothing else."""
 
     batch_size: int = Field(64, ge=1)
-    """Prompts per optimizer step, over all workers. Must be a multiple of workers.num_workers."""
+    """Prompts (for kto: responses) per optimizer step, over all workers. Must be a multiple of workers.num_workers."""
 
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-6, schedule="linear", final_ratio=0.0, warmup_steps=10, weight_decay=0.0

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from rayllm.config.base import Config
 from rayllm.config.common import TrainConfig
+from rayllm.config.data import DataPaths
 
 
 class ReplayConfig(Config):
@@ -30,8 +31,9 @@ class SftConfig(TrainConfig):
     model: Path
     """Model folder to start from."""
 
-    data: Path
-    """Demonstrations: Parquet or JSONL with `messages`, or `prompt` and `response`."""
+    data: DataPaths
+    """Demonstrations: OpenAI messages, ShareGPT, prompt and completion, Alpaca; JSONL, JSON, CSV, Parquet, Arrow, a
+    folder, hf://datasets/ORG/NAME; or a list of {path, weight}."""
 
     heldout_fraction: float = Field(0.02, gt=0, lt=0.5)
     """Share of the prompts whose rows are kept for the held-out loss."""

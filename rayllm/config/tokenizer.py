@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from rayllm.config.common import JobConfig
+from rayllm.config.common import DataJobConfig
 
 
-class TokenizerConfig(JobConfig):
+class TokenizerConfig(DataJobConfig):
     documents: Path
     """Text to train on: a Parquet or JSONL file with a `text` column."""
 

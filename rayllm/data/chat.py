@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from jinja2 import TemplateError
 
-from rayllm.data.files import Row, read_rows
+from rayllm.data.messages import Message, first_user_turn, messages_of, text_of
+from rayllm.data.rows import Row, RowDropped, RowError
+from rayllm.data.sources import Origins, Paths, Reader
 from rayllm.errors import InputError
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class ChatData:
     examples: list[ChatExample]
     dropped: dict[str, int]
     """Reason -> rows left out."""
+
+    origins: Origins = field(default_factory=Origins)
 
     @property
     def num_tokens(self) -> int:
@@ -49,8 +52,15 @@ def check_chat_template(tokenizer: Any, where: Path | str) -> None:
 
 
 def prompt_token_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """The conversation so far, ready for the assistant's turn."""
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    """The conversation so far, ready for the assistant's turn.
+
+    Raises:
+        RowError: the chat template refuses the conversation.
+    """
+    try:
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    except TemplateError as error:
+        raise RowError("prompt", f"the chat template refuses it: {error}") from None
     return list(encoded["input_ids"])
 
 
@@ -103,41 +113,38 @@ class TurnFrame:
 
 def encode_conversation(tokenizer: Any, messages: list[Message]) -> ChatExample:
     """The conversation up to the end of the assistant's last turn; all of the assistant's turns are trained, each
-    with its end-of-turn token."""
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    with its end-of-turn token.
+
+    Raises:
+        RowError: the chat template refuses the conversation, such as two turns of the user in a row.
+    """
+    try:
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    except TemplateError as error:
+        raise RowError("messages", f"the chat template refuses them: {error}") from None
     mask = np.asarray(encoded["assistant_masks"], dtype=bool)
     end = int(mask.nonzero()[0][-1]) + 1 if mask.any() else 0
     return ChatExample(np.asarray(encoded["input_ids"], dtype=np.int64)[:end], mask[:end])
 
 
-def read_conversations(path: Path, tokenizer: Any, *, max_length: int) -> tuple[ChatData, list[str]]:
-    """Demonstrations and, for each kept row, the text of its first turn, by which data is split.
-
-    A row holds `messages`, or `prompt` (text or messages) and `response`.
+def read_conversations(paths: Paths, tokenizer: Any, *, max_length: int, max_bad_rows: int = 0) -> ChatData:
+    """Demonstrations; conversations over ``max_length`` tokens are dropped and counted.
 
     Raises:
-        InputError: a malformed row, by its line.
+        InputError: more malformed rows than ``max_bad_rows``, by file, line, field and reason.
     """
-    examples, first_turns = [], []
-    dropped = {"longer than max_length": 0, "no assistant tokens": 0}
-    for row in read_rows(path, [], check=conversation_problem):
-        messages = to_messages(row)
-        example = encode_conversation(tokenizer, messages)
+
+    def encode(row: Row) -> tuple[ChatExample, str]:
+        example = encode_conversation(tokenizer, row["messages"])
         if len(example.token_ids) > max_length:
-            dropped["longer than max_length"] += 1
-        elif not example.loss_mask.any():
-            dropped["no assistant tokens"] += 1
-        else:
-            examples.append(example)
-            first_turns.append(messages[0]["content"])
-    return ChatData(examples, {reason: count for reason, count in dropped.items() if count}), first_turns
+            raise RowDropped("longer than max_length")
+        if not example.loss_mask.any():
+            raise RowDropped("no assistant tokens")
+        return example, first_user_turn(row["messages"])
 
-
-def to_messages(row: Row) -> list[Message]:
-    """The row's conversation, whatever its columns."""
-    if row.get("messages") is not None:
-        return list(row["messages"])
-    return [*prompt_messages(row["prompt"]), {"role": "assistant", "content": row["response"]}]
+    reader = Reader(paths, "conversation", max_bad_rows=max_bad_rows)
+    examples, origins = reader.collect(encode)
+    return ChatData(examples, dict(reader.dropped), origins)
 
 
 def prompt_messages(prompt: str | list[Message]) -> list[Message]:
@@ -145,41 +152,13 @@ def prompt_messages(prompt: str | list[Message]) -> list[Message]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def conversation_problem(row: Row) -> str | None:
-    """What keeps the row from being a demonstration, or None."""
-    if row.get("messages") is None and (row.get("prompt") is None or row.get("response") is None):
-        return f"needs 'messages', or 'prompt' and 'response'; the row holds {sorted(row)}"
-    if row.get("messages") is None and not isinstance(row["response"], str):
-        return f"'response' must be a string, got {type(row['response']).__name__}"
-    problem = messages_problem(row["messages"] if row.get("messages") is not None else row["prompt"])
-    if problem is None and row.get("messages") is not None and row["messages"][-1]["role"] != "assistant":
-        return "'messages' must end with the assistant's turn"
-    return problem
-
-
-def prompt_problem(prompt: Any, *, vocab_size: int) -> str | None:
-    """What keeps ``prompt`` from being text, messages, or token ids below ``vocab_size``; or None."""
-    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], int):
-        return messages_problem(prompt)
-    for token in prompt:
-        if type(token) is not int:  # true and false are ints too
-            return f"a prompt of token ids holds {token!r:.60}, expected integers only"
-        if not 0 <= token < vocab_size:
-            return f"the prompt has token {token}, outside the tokenizer's vocabulary of {vocab_size}"
-    return None
-
-
 def messages_problem(messages: Any) -> str | None:
     """What keeps ``messages`` from being text or a list of role and content, or None."""
-    if isinstance(messages, str):
-        return None if messages.strip() else "the prompt is empty"
-    if not isinstance(messages, list) or not messages:
-        return f"expected text or a list of messages, got {messages!r:.60}"
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            return f"a message needs 'role' and 'content', got {message!r:.60}"
-        if message["role"] not in ("system", "user", "assistant", "tool"):
-            return f"unknown role {message['role']!r}; known: system, user, assistant, tool"
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            return f"empty or non-text content in a {message['role']} message"
+    try:
+        if isinstance(messages, str):
+            text_of(messages, "the prompt")
+        else:
+            messages_of(messages, "messages")
+    except RowError as error:
+        return str(error)
     return None

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from rayllm.data.preferences import Ranking
+from rayllm.data.preferences import Feedback, Ranking
 
 PairChoice = Literal["all", "best_worst"]
 
@@ -49,43 +49,27 @@ def compared(ranking: Ranking, choice: PairChoice) -> Comparison:
     return Comparison(ranking.sequences, ranking.num_prompt_tokens, pairs, [], [])
 
 
-def judged(rankings: Sequence[Ranking], choice: PairChoice, *, max_length: int) -> list[Comparison]:
-    """Every ranking's responses as wanted or unwanted, with mismatched ones of the next ranking that has another
-    prompt.
+def judged(feedback: Sequence[Feedback], *, max_length: int) -> list[Comparison]:
+    """Every judged response by itself, and its prompt with the next response that is to another prompt.
 
     Args:
-        choice: "all": wanted are those that beat more responses than they lose to, unwanted the opposite, and those in
-            between are left out; "best_worst": the best are wanted, the worst unwanted.
         max_length: mismatched sequences are cut to it.
 
     Raises:
-        ValueError: all rankings have the same prompt.
+        ValueError: all responses are to the same prompt.
     """
     found = []
-    for index, ranking in enumerate(rankings):
-        signs = [_sign(rank, ranking.ranks, choice) for rank in ranking.ranks]
-        sequences = [sequence for sequence, sign in zip(ranking.sequences, signs, strict=True) if sign]
-        prompt = ranking.sequences[0][: ranking.num_prompt_tokens]
-        others = _other_responses(rankings, index)
-        mismatched = [np.concatenate([prompt, others[i % len(others)]])[:max_length] for i in range(len(sequences))]
-        desirable = [sign > 0 for sign in signs if sign]
-        found.append(Comparison(sequences, ranking.num_prompt_tokens, [], desirable, mismatched))
+    for index, example in enumerate(feedback):
+        mismatched = np.concatenate([example.prompt, _other_response(feedback, index)])[:max_length]
+        found.append(
+            Comparison([example.sequence], example.num_prompt_tokens, [], [example.desirable], [mismatched])
+        )
     return found
 
 
-def _sign(rank: int, ranks: Sequence[int], choice: PairChoice) -> int:
-    """1 wanted, -1 unwanted, 0 neither."""
-    if choice == "best_worst":
-        return int(rank == min(ranks)) - int(rank == max(ranks))
-    balance = sum(other > rank for other in ranks) - sum(other < rank for other in ranks)
-    return (balance > 0) - (balance < 0)
-
-
-def _other_responses(rankings: Sequence[Ranking], index: int) -> list[np.ndarray]:
-    mine = rankings[index]
-    prompt = mine.sequences[0][: mine.num_prompt_tokens]
-    for step in range(1, len(rankings)):
-        other = rankings[(index + step) % len(rankings)]
-        if not np.array_equal(other.sequences[0][: other.num_prompt_tokens], prompt):
-            return [sequence[other.num_prompt_tokens :] for sequence in other.sequences]
+def _other_response(feedback: Sequence[Feedback], index: int) -> np.ndarray:
+    for step in range(1, len(feedback)):
+        other = feedback[(index + step) % len(feedback)]
+        if not np.array_equal(other.prompt, feedback[index].prompt):
+            return other.sequence[other.num_prompt_tokens :]
     raise ValueError("all responses are to the same prompt: there is no response to another one to compare with")

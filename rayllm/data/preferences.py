@@ -1,20 +1,20 @@
-"""Rankings: one prompt, several responses, who is better.
+"""What people prefer, encoded: rankings (one prompt, several responses, who is better) and single judgements.
 
-A ranking row of a Parquet file has `prompt` (messages), `responses` (texts, all different), `response_ids` (the
-tokens as sampled, end-of-turn token included where the model produced it), `ranks` (0 is best, ties share a rank),
-`labeler`. `response_ids` may be null for rankings made elsewhere: the text is then encoded with the template.
+Where a row brings `response_ids` (the tokens as sampled, end-of-turn token included where the model produced it) they
+are taken as they are; else the text is encoded with the chat template.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rayllm.data.chat import encode_conversation, messages_problem, prompt_messages, prompt_token_ids
-from rayllm.data.files import Row, read_rows
+from rayllm.data.chat import encode_conversation, prompt_token_ids
+from rayllm.data.messages import Message, first_user_turn
+from rayllm.data.rows import Row, RowDropped, RowError
+from rayllm.data.sources import Origins, Paths, Reader, kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,15 @@ class Ranking:
     labeler: str | None = None
     """Who ranked."""
 
+    scores: list[float] | None = None
+    """Aligned to ``sequences``, higher is better; of a pair with a margin, the margin and 0."""
+
+    category: str | None = None
+    """What kind of prompt it is."""
+
+    criteria: str | None = None
+    """By what was ranked."""
+
     @property
     def num_pairs(self) -> int:
         """Pairs with a better and a worse response."""
@@ -42,6 +51,15 @@ class Ranking:
 class RankingData:
     rankings: list[Ranking]
     dropped: dict[str, int]
+    origins: Origins = field(default_factory=Origins)
+
+    def apart_from(self, train: RankingData) -> RankingData:
+        """Without the rankings of prompts that stand in ``train``; they are counted as dropped."""
+        rows = self.origins.not_in(train.origins.prompts)
+        dropped = dict(self.dropped)
+        if len(rows) < len(self.rankings):
+            dropped["of a prompt to train on"] = len(self.rankings) - len(rows)
+        return RankingData(kept(self.rankings, rows), dropped, self.origins.of(rows))
 
     @property
     def num_pairs(self) -> int:
@@ -52,45 +70,111 @@ class RankingData:
         return sum(len(s) for r in self.rankings for s in r.sequences)
 
 
-def read_rankings(path: Path, tokenizer: Any, *, max_length: int) -> RankingData:
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """One judged response."""
+
+    sequence: np.ndarray  # prompt and response, (T,) int64
+    num_prompt_tokens: int
+    desirable: bool
+
+    @property
+    def prompt(self) -> np.ndarray:
+        return self.sequence[: self.num_prompt_tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackData:
+    examples: list[Feedback]
+    dropped: dict[str, int]
+    origins: Origins = field(default_factory=Origins)
+
+    def apart_from(self, train: FeedbackData) -> FeedbackData:
+        """Without the responses to prompts that stand in ``train``; they are counted as dropped."""
+        rows = self.origins.not_in(train.origins.prompts)
+        dropped = dict(self.dropped)
+        if len(rows) < len(self.examples):
+            dropped["of a prompt to train on"] = len(self.examples) - len(rows)
+        return FeedbackData(kept(self.examples, rows), dropped, self.origins.of(rows))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(e.sequence) for e in self.examples)
+
+
+def read_rankings(paths: Paths, tokenizer: Any, *, max_length: int, max_bad_rows: int = 0) -> RankingData:
     """Read and encode rankings; responses over ``max_length`` tokens and prompts left without a pair are dropped.
 
     Raises:
-        InputError: a malformed row, by its number.
+        InputError: more malformed rows than ``max_bad_rows``, by file, line, field and reason.
     """
-    rankings = []
-    dropped = {"response longer than max_length": 0, "no pair with a better response": 0}
-    for row in read_rows(path, ["prompt", "responses", "ranks"], check=_problem):
-        sequences, ranks = [], []
-        prompt = prompt_token_ids(tokenizer, prompt_messages(row["prompt"]))
-        for sequence, rank in zip(_encode(row, tokenizer, prompt), row["ranks"], strict=True):
-            if len(sequence) > max_length:
-                dropped["response longer than max_length"] += 1
-            else:
-                sequences.append(sequence)
-                ranks.append(int(rank))
-        ranking = Ranking(sequences, ranks, len(prompt), row.get("labeler"))
-        if ranking.num_pairs:
-            rankings.append(ranking)
-        else:
-            dropped["no pair with a better response"] += 1
-    return RankingData(rankings, {reason: count for reason, count in dropped.items() if count})
+    reader = Reader(paths, "ranking", max_bad_rows=max_bad_rows)
+
+    def encode(row: Row) -> tuple[Ranking, str]:
+        num_prompt_tokens, sequences = _encode(row, tokenizer)
+        short = [index for index, sequence in enumerate(sequences) if len(sequence) <= max_length]
+        if len(short) < len(sequences):
+            reader.dropped["response longer than max_length"] += len(sequences) - len(short)
+        ranking = Ranking(
+            [sequences[index] for index in short],
+            [row["ranks"][index] for index in short],
+            num_prompt_tokens,
+            labeler=row["labeler"],
+            scores=None if row["scores"] is None else [row["scores"][index] for index in short],
+            category=row["category"],
+            criteria=row["criteria"],
+        )
+        if not ranking.num_pairs:
+            raise RowDropped("no pair with a better response")
+        return ranking, first_user_turn(row["prompt"])
+
+    rankings, origins = reader.collect(encode)
+    return RankingData(rankings, dict(reader.dropped), origins)
 
 
-def _encode(row: Row, tokenizer: Any, prompt: list[int]) -> list[np.ndarray]:
-    if row.get("response_ids") is None:
-        messages = prompt_messages(row["prompt"])
-        turns = [[*messages, {"role": "assistant", "content": text}] for text in row["responses"]]
-        return [encode_conversation(tokenizer, turn).token_ids for turn in turns]
-    return [np.asarray([*prompt, *ids], dtype=np.int64) for ids in row["response_ids"]]
+def read_feedback(paths: Paths, tokenizer: Any, *, max_length: int, max_bad_rows: int = 0) -> FeedbackData:
+    """Read and encode single judgements; of a ranking the best are desirable, the worst are not, and the rest is left
+    out. Responses over ``max_length`` tokens are dropped.
+
+    Raises:
+        InputError: more malformed rows than ``max_bad_rows``, by file, line, field and reason.
+    """
+    reader = Reader(paths, "feedback", max_bad_rows=max_bad_rows)
+
+    def encode(row: Row) -> tuple[list[Feedback], str]:
+        num_prompt_tokens, sequences = _encode(row, tokenizer)
+        examples = [
+            Feedback(sequence, num_prompt_tokens, desirable)
+            for sequence, desirable in zip(sequences, row["desirable"], strict=True)
+            if len(sequence) <= max_length
+        ]
+        if len(examples) < len(sequences):
+            reader.dropped["response longer than max_length"] += len(sequences) - len(examples)
+        return examples, first_user_turn(row["prompt"])
+
+    groups, origins = reader.collect(encode)
+    return FeedbackData(
+        [example for group in groups for example in group], dict(reader.dropped), origins.spread(groups)
+    )
 
 
-def _problem(row: Row) -> str | None:
-    responses, ranks, ids = row["responses"], row["ranks"], row.get("response_ids")
-    if not isinstance(responses, list) or not isinstance(ranks, list):
-        return "'responses' and 'ranks' must be lists"
-    if len(responses) != len(ranks) or (ids is not None and len(ids) != len(ranks)):
-        return f"{len(responses)} responses but {len(ranks)} ranks"
-    if not all(isinstance(rank, int) and rank >= 0 for rank in ranks):
-        return f"'ranks' must be whole numbers from 0 (best), got {ranks}"
-    return messages_problem(row["prompt"])
+def _encode(row: Row, tokenizer: Any) -> tuple[int, list[np.ndarray]]:
+    """(tokens of the prompt, prompt and response of each response)."""
+    prompt = prompt_token_ids(tokenizer, row["prompt"])
+    if row.get("response_ids") is not None:
+        for index, ids in enumerate(row["response_ids"]):
+            if max(ids) >= len(tokenizer):
+                raise RowError(
+                    f"response_ids[{index}]",
+                    f"has token {max(ids)}, outside the tokenizer's vocabulary of {len(tokenizer)}",
+                )
+        return len(prompt), [np.asarray([*prompt, *ids], dtype=np.int64) for ids in row["response_ids"]]
+    turns = [[*row["prompt"], _answer(text)] for text in row["responses"]]
+    sequences = [encode_conversation(tokenizer, turn).token_ids for turn in turns]
+    if any(sequence[: len(prompt)].tolist() != prompt for sequence in sequences):
+        raise RowError("prompt", "the chat template renders it otherwise once the answer follows")
+    return len(prompt), sequences
+
+
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rayllm.data.chat import Message, prompt_messages, prompt_problem, prompt_token_ids
-from rayllm.data.files import Row, read_rows
+from rayllm.data.chat import prompt_messages, prompt_token_ids
+from rayllm.data.messages import Message
+from rayllm.data.rows import Row, RowDropped, RowError
+from rayllm.data.sources import Origins, Paths, Reader, kept, shown_paths
 from rayllm.errors import InputError
 
 
@@ -20,6 +21,8 @@ class PromptData:
     rows: list[Row]
     token_ids: list[list[int]]
     dropped: dict[str, int]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What was read as what, for the run record."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -33,33 +36,56 @@ class PromptData:
         return self.messages(prompt_id)[-1]["content"]
 
 
-def read_prompts(path: Path, tokenizer: Any, *, max_prompt_tokens: int, limit: int | None = None) -> PromptData:
-    """Read the `prompt` column: text or messages, encoded with the chat template, or token ids, taken as they are.
+def read_prompts(
+    paths: Paths,
+    tokenizer: Any,
+    *,
+    max_prompt_tokens: int,
+    limit: int | None = None,
+    max_bad_rows: int = 0,
+    seed: int = 0,
+) -> PromptData:
+    """Read prompts: text or messages, encoded with the chat template, or token ids, taken as they are.
 
     Other columns are kept: reward functions and judges may need them. Prompts over ``max_prompt_tokens`` are
     dropped and counted.
 
+    Args:
+        paths: one source, or several with weights.
+        tokenizer: with a chat template.
+        max_prompt_tokens: longest prompt.
+        limit: stop after so many prompts.
+        max_bad_rows: bad rows that are passed over.
+        seed: of which rows of a source with a fractional weight are used.
+
     Raises:
-        InputError: a malformed row, an unknown token id, or no prompt left.
+        InputError: more malformed rows than ``max_bad_rows``, an unknown token id among them, or no prompt left.
     """
     vocab_size = len(tokenizer)
-    rows: list[Row] = []
-    token_ids: list[list[int]] = []
-    dropped = 0
-    for row in read_rows(path, ["prompt"], check=lambda row: prompt_problem(row["prompt"], vocab_size=vocab_size)):
+
+    def encode(row: Row) -> tuple[Row, list[int]]:
         prompt = row["prompt"]
         given = not isinstance(prompt, str) and isinstance(prompt[0], int)
         ids = list(prompt) if given else prompt_token_ids(tokenizer, prompt_messages(prompt))
+        if max(ids, default=0) >= vocab_size:
+            raise RowError("prompt", f"has token {max(ids)}, outside the tokenizer's vocabulary of {vocab_size}")
         if len(ids) > max_prompt_tokens:
-            dropped += 1
-            continue
-        rows.append(row)
-        token_ids.append(ids)
-        if limit is not None and len(rows) == limit:
+            raise RowDropped(f"longer than {max_prompt_tokens} tokens")
+        return row, ids
+
+    reader = Reader(paths, "prompt", max_bad_rows=max_bad_rows)
+    origins = Origins(tuple(source.weight for source in reader.sources))
+    found: list[tuple[Row, list[int]]] = []
+    for source, item in reader.rows(encode):
+        found.append(item)
+        origins.sources.append(source)
+        if len(found) == limit:
             break
-    if not rows:
-        raise InputError(f"{path}: no prompt of at most {max_prompt_tokens} tokens")
-    return PromptData(rows, token_ids, {f"longer than {max_prompt_tokens} tokens": dropped} if dropped else {})
+    if not found:
+        raise InputError(f"{shown_paths(paths)}: no prompt of at most {max_prompt_tokens} tokens")
+    found = kept(found, origins.mix(range(len(found)), seed=seed))
+    rows, token_ids = [row for row, _ in found], [ids for _, ids in found]
+    return PromptData(rows, token_ids, dict(reader.dropped), reader.facts())
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ import torch
 
 from rayllm.data.batching import BatchOrder
 from rayllm.data.files import read_rows
+from rayllm.data.formats import text_of
+from rayllm.data.rows import Row
 from rayllm.data.tokenizer import end_of_text_id
 
 BATCH = 1_000
@@ -41,7 +43,7 @@ def tokenize_documents(path: Path, tokenizer: Any) -> TokenStream:
     separator = end_of_text_id(tokenizer)
     parts: list[np.ndarray] = []
     num_documents = num_bytes = 0
-    for texts in _batches(str(row["text"]) for row in read_rows(path, ["text"], check=_text_problem)):
+    for texts in _batches(str(row["text"]) for row in read_rows(path, ["text"], check=_check_text)):
         for encoded in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
             parts.append(np.array([separator, *encoded.ids], dtype=np.uint32))
         num_documents += len(texts)
@@ -74,10 +76,8 @@ class PackedRows:
         return self.tokens[starts[:, None] + np.arange(self.sequence_length)].astype(np.int64)
 
 
-def _text_problem(row: dict[str, Any]) -> str | None:
-    if not isinstance(row["text"], str):
-        return f"'text' must be a string, got {type(row['text']).__name__}"
-    return None if row["text"].strip() else "'text' is empty"
+def _check_text(row: Row) -> None:
+    text_of(row["text"], "text")
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -13,6 +13,7 @@ RUN/logs/          what the libraries had to say
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -35,6 +36,7 @@ from rayllm.lineage import (
     config_inputs,
     content_id,
     fingerprint,
+    is_model_dir,
     versions,
     write_json,
     write_manifest,
@@ -115,8 +117,14 @@ class Run:
         self._save()
 
     def add_data(self, key: str, **facts: Any) -> None:
-        """Note what was read from the input file named by the config key: rows, tokens, dropped by reason."""
-        entry = {"name": key, "path": str(self.inputs[key]), "sha256": self._ids[key], **facts}
+        """Note what was read from the input named by the config key: rows, tokens, dropped by reason."""
+        if key in self.inputs:
+            path, digest = str(self.inputs[key]), self._ids[key]
+        else:  # a list of paths
+            items = [name for name in self.inputs if name.startswith(f"{key}.")]
+            path = ", ".join(str(self.inputs[name]) for name in items)
+            digest = hashlib.sha256("".join(self._ids[name] for name in items).encode()).hexdigest()
+        entry = {"name": key, "path": path, "sha256": digest, **facts}
         self.record["data"] = [d for d in self.record["data"] if d["name"] != key] + [entry]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -211,7 +219,7 @@ class Run:
             "parents": [
                 {"role": key, "id": self._ids[key], "path": str(path)}
                 for key, path in self.inputs.items()
-                if path.is_dir()
+                if path.is_dir() and is_model_dir(path)
             ],
             "data": [],
             "metrics": {},

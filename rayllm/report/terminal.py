@@ -78,10 +78,18 @@ def shown_path(path: Path | str) -> str:
 
 
 def _data_line(data: Mapping[str, Any]) -> str:
-    parts = [f"{data[name]:,} {name.replace('_', ' ')}" for name in ("rows", "tokens", "pairs") if name in data]
+    source = shown_path(data["path"])
+    if data.get("sources"):
+        source = " + ".join(
+            f"{shown_path(part['path'])} (weight {part['weight']:g}, {part['rows']:,} rows)" for part in data["sources"]
+        )
+    parts = [f"read as {data['format']}"] if data.get("format") else []
+    parts += [f"{data[name]:,} {name.replace('_', ' ')}" for name in ("rows", "tokens", "pairs") if name in data]
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in (data.get("dropped") or {}).items())
     end = f"dropped: {dropped}" if dropped else "none dropped"
-    return f"{shown_path(data['path'])}: {', '.join(parts)}; {end}"
+    if data.get("bad_rows"):
+        end += f"; passed over {data['bad_rows']:,} bad rows, first: " + "; ".join(data["first_bad_rows"])
+    return f"{source}: {', '.join(parts)}; {end}"
 
 
 def _example_text(pieces: Sequence[tuple[str, bool]], *, plain: bool) -> Text:

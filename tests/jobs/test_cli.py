@@ -58,7 +58,7 @@ def test_bad_data_is_named_and_nothing_is_trained(capsys, tmp_path, tiny_model_d
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n" + json.dumps({"prompt": "a"}) + "\n")
     status, text = run(capsys, "sft", f"run_dir={tmp_path / 'run'}", f"model={tiny_model_dir}", f"data={data}")
-    assert status == 2 and "d.jsonl:2: needs 'messages', or 'prompt' and 'response'" in text.replace("\n", " ")
+    assert status == 2 and "d.jsonl:2: completion: missing, and no 'response'; the row holds prompt" in text.replace("\n", " ")
     assert not (tmp_path / "run/model").exists()
 
 

@@ -16,7 +16,7 @@ from rayllm.algorithms.logprobs import token_logprobs
 from rayllm.algorithms.preference import preference_loss
 from rayllm.config.base import load_config
 from rayllm.config.preference import PreferenceConfig
-from rayllm.data.preferences import Ranking, RankingData
+from rayllm.data.preferences import Feedback, Ranking
 from rayllm.models.engine import Engine, init_distributed
 from rayllm.models.loading import load_causal_lm
 
@@ -29,7 +29,7 @@ SETTINGS = {
 }
 
 
-def rankings(num: int, seed: int) -> RankingData:
+def rankings(num: int, seed: int) -> list[Ranking]:
     """Random responses of several lengths; some prompts have two, some four with ties."""
     rng = np.random.default_rng(seed)
     found = []
@@ -38,14 +38,19 @@ def rankings(num: int, seed: int) -> RankingData:
         ranks = [[0, 1], [2, 0, 1, 1], [0, 1, 2]][index % 3]
         sequences = [np.concatenate([prompt, rng.integers(3, 300, size=rng.integers(1, 12))]) for _ in ranks]
         found.append(Ranking(sequences, ranks, len(prompt)))
-    return RankingData(found, {})
+    return found
+
+
+def feedback(rankings: list[Ranking]) -> list[Feedback]:
+    return [Feedback(s, r.num_prompt_tokens, rank == 0) for r in rankings for s, rank in zip(r.sequences, r.ranks, strict=True)]
 
 
 def make_task(model, kind: str, *overrides: str) -> PreferenceTask:
     keys = [f"model={model}", "run_dir=unused", "preferences=unused", "heldout_preferences=unused", f"kind={kind}",
             "batch_size=8", "learner.zero_stage=0", "optimizer.warmup_steps=0", "optimizer.learning_rate=1e-3"]  # fmt: skip
     config = load_config(PreferenceConfig, None, [*keys, *SETTINGS.get(kind, ()), *overrides]).config
-    train, heldout = (choose(rankings(num, seed), config) for num, seed in ((16, 0), (7, 1)))
+    data = rankings(16, 0), rankings(7, 1)
+    train, heldout = (choose(feedback(items) if kind == "kto" else items, config) for items in data)
     return PreferenceTask(config, train, heldout, 0, 4, digest("model", "float32", [*train, *heldout]))
 
 

@@ -36,12 +36,12 @@ USER, ASSISTANT = {"role": "user", "content": "hi there"}, {"role": "assistant",
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{broken", r"d.jsonl:2: not valid JSON"),
-        ("[1]", r"d.jsonl:2: expected an object with columns, got a list"),
-        ({"txt": "a"}, r"d.jsonl:2: 'text' is missing; the row holds \['txt'\]"),
-        ({"text": None}, r"d.jsonl:2: 'text' is missing"),
-        ({"text": 5}, r"d.jsonl:2: 'text' must be a string, got int"),
-        ({"text": "  "}, r"d.jsonl:2: 'text' is empty"),
+        ("{broken", r"d.jsonl:2: row: not valid JSON"),
+        ("[1]", r"d.jsonl:2: row: expected an object with columns, got a list"),
+        ({"txt": "a"}, r"d.jsonl:2: text: missing; the row holds txt"),
+        ({"text": None}, r"d.jsonl:2: text: missing"),
+        ({"text": 5}, r"d.jsonl:2: text: must be text, got int 5"),
+        ({"text": "  "}, r"d.jsonl:2: text: is empty"),
     ],
 )
 def test_a_bad_document_is_named_by_its_line(tmp_path, tiny_tokenizer, row, message):
@@ -53,13 +53,13 @@ def test_a_bad_document_is_named_by_its_line(tmp_path, tiny_tokenizer, row, mess
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [USER]}, "must end with the assistant's turn"),
-        ({"messages": []}, "expected text or a list of messages"),
-        ({"messages": [{"role": "user"}]}, "a message needs 'role' and 'content'"),
-        ({"messages": [{"role": "robot", "content": "x"}, ASSISTANT]}, "unknown role 'robot'"),
-        ({"messages": [{"role": "user", "content": ""}, ASSISTANT]}, "empty or non-text content in a user message"),
-        ({"prompt": "hi"}, "needs 'messages', or 'prompt' and 'response'"),
-        ({"prompt": "hi", "response": 3}, "'response' must be a string"),
+        ({"messages": [USER]}, "messages: must end with the assistant's turn, got user"),
+        ({"messages": []}, "messages: must be text or a list of messages, got list"),
+        ({"messages": [{"role": "user"}]}, "messages.0.: a message needs 'role' and 'content'"),
+        ({"messages": [{"role": "robot", "content": "x"}, ASSISTANT]}, "messages.0..role: unknown role 'robot'"),
+        ({"messages": [{"role": "user", "content": ""}, ASSISTANT]}, "messages.0..content: is empty"),
+        ({"prompt": "hi"}, "completion: missing, and no 'response'; the row holds prompt"),
+        ({"prompt": "hi", "response": 3}, "response: must be text, got int 3"),
     ],
 )
 def test_a_bad_demonstration_is_named(tmp_path, tiny_tokenizer, row, message):
@@ -74,7 +74,7 @@ def test_broken_parquet_and_missing_column(tmp_path):
     with pytest.raises(InputError, match="not a readable Parquet file"):
         list(read_rows(path, ["text"]))
     write_parquet([{"body": "a"}], path)
-    with pytest.raises(InputError, match="no column 'text'; it has body"):
+    with pytest.raises(InputError, match="d.parquet: row 0: text: missing; the row holds body"):
         list(read_rows(path, ["text"]))
 
 
@@ -103,8 +103,9 @@ def test_padding_is_not_the_end_of_a_turn(tiny_tokenizer):
 
 def test_long_conversations_are_dropped_and_counted(tmp_path, tiny_tokenizer):
     path = jsonl(tmp_path / "d.jsonl", [{"prompt": "hi", "response": "yes"}, {"prompt": "hi", "response": "x" * 500}])
-    data, turns = read_conversations(path, tiny_tokenizer, max_length=64)
-    assert len(data.examples) == 1 and data.dropped == {"longer than max_length": 1} and turns == ["hi"]
+    data = read_conversations(path, tiny_tokenizer, max_length=64)
+    assert len(data.examples) == 1 and data.dropped == {"longer than max_length": 1}
+    assert data.origins.prompts == ["hi"]
 
 
 def test_documents_are_one_stream_begun_by_end_of_text(tmp_path, tiny_tokenizer):
@@ -175,18 +176,18 @@ def test_prompts_given_as_token_ids_are_taken_as_they_are(tmp_path, tiny_tokeniz
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([1, 10**6], r"the prompt has token 1000000, outside the tokenizer's vocabulary of \d+$"),
-        ([1, -1], "the prompt has token -1, outside"),
-        ([1, "a"], "a prompt of token ids holds 'a', expected integers only"),
+        ([1, 10**6], r"has token 1000000, outside the tokenizer's vocabulary of \d+$"),
+        ([1, -1], "a prompt of token ids holds -1, expected whole numbers"),
+        ([1, "a"], "a prompt of token ids holds 'a', expected whole numbers"),
         ([1, True], "a prompt of token ids holds True"),
         ([True], "a prompt of token ids holds True"),
         ([1, 2.5], "a prompt of token ids holds 2.5"),
-        ([], "expected text or a list of messages"),
+        ([], "must be text or a list of messages, got list"),
     ],
 )
 def test_a_bad_prompt_of_token_ids_is_named_by_its_line(tmp_path, tiny_tokenizer, prompt, message):
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": [1]}, {"prompt": prompt}])
-    with pytest.raises(InputError, match=f"p.jsonl:2: {message}"):
+    with pytest.raises(InputError, match=rf"p.jsonl:2: prompt(\[\d\])?: {message}"):
         read_prompts(path, tiny_tokenizer, max_prompt_tokens=8)
 
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rayllm.config.base import is_on_hub, load_config
 from rayllm.config.sft import SftConfig
 from rayllm.errors import InputError
+from rayllm.hub import fetch, fetch_inputs
 from rayllm.models.heads import ScalarModel, sequence_rewards, token_values
-from rayllm.models.hub import fetch, fetch_models
 from rayllm.models.loading import (
     check_model_dir,
     count_stored_parameters,
@@ -117,7 +117,7 @@ def test_a_model_on_the_hub_stands_for_its_folder(hub_cache, tmp_path):
     for name in ("hf://org/tiny", f"hf://org/tiny@{HUB_REVISION}"):
         loaded = load_config(SftConfig, None, [f"run_dir={tmp_path}/r", f"model={name}", f"data={tmp_path}/d.jsonl"])
         assert is_on_hub(loaded.config.model)
-        assert fetch_models(loaded).config.model == hub_cache
+        assert fetch_inputs(loaded).config.model == hub_cache
     load_causal_lm(hub_cache)
 
 
