@@ -36,10 +36,11 @@ from rayllm.world.summary import summarize
 TOY = "jobs/configs/preference-quickstart.yaml"
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dpo": ("preference", ()),
-    "ipo": ("preference", ("kind=ipo",)),
-    "kto": ("preference", ("kind=kto",)),
-    "orpo": ("preference", ("kind=orpo", "sft_coef=1")),
-    "simpo": ("preference", ("kind=simpo", "beta=2", "target_margin=1")),
+    "dpo-plain": ("preference", ("sft_coef=0",)),
+    "ipo": ("preference", ("kind=ipo", "beta=0.5")),
+    "kto": ("preference", ("kind=kto", "sft_coef=0", "beta=0.3", "batch_size=64")),
+    "orpo": ("preference", ("kind=orpo", "beta=0.5", "sft_coef=1")),
+    "simpo": ("preference", ("kind=simpo", "beta=2", "target_margin=0.5")),
     "rejection-sampling": ("sft", ("batch_size=32", "num_epochs=1", "eval_every=100", "learner.zero_stage=0",
                                    "workers.num_workers=2", "optimizer.learning_rate=5e-4")),
 }  # fmt: skip
@@ -131,7 +132,7 @@ def sample_all(source: Path, target: Path) -> float:
 def train(name: str, source: Path, target: Path, *, seed: int) -> float:
     """Run the method's job, unless it is done; returns its seconds."""
     job, settings = RUNS[name]
-    arguments = [f"run_dir={target / name}", f"model={source / 'sft/model'}", f"seed={seed}"]
+    arguments = [f"run_dir={target / name}", "overwrite=true", f"model={source / 'sft/model'}", f"seed={seed}"]
     if job == "preference":
         label = source / "label"
         arguments += [f"preferences={label / 'rankings.parquet'}",

@@ -111,13 +111,17 @@ def test_ppo_stays_a_config_that_one_can_read():
     assert len(own) <= 87
 
 
-QUICKSTART = ("quickstart", "preference-quickstart")
+QUICKSTART = ("quickstart", "preference-quickstart", "online-preference-quickstart")
 PREFERENCE = ("kto", "orpo", "simpo")
 PRESETS = sorted(path for path in (ROOT / "jobs/configs").glob("*.yaml") if path.stem not in QUICKSTART)
 
 
 def test_the_quickstart_loads():
     load_config(PipelineConfig, ROOT / "jobs/configs/quickstart.yaml")
+    keys = ["run_dir=r", "model=m"]
+    load_config(PreferenceConfig, ROOT / "jobs/configs/preference-quickstart.yaml", [*keys, "preferences=p"])
+    keys += ["label.prompts=p", "label.heldout_prompts=h"]
+    load_config(OnlinePreferenceConfig, ROOT / "jobs/configs/online-preference-quickstart.yaml", keys)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
