@@ -27,10 +27,10 @@ class OnlinePreferenceConfig(Config):
     """Seed of the first round; every further round has the next one, so that no answer is sampled twice alike."""
 
     label: LabelConfig
-    """How answers are sampled and ranked."""
+    """How answers are sampled and ranked, and by whom."""
 
     preference: PreferenceConfig
-    """How the model learns from the rankings."""
+    """How the model learns from the rankings; a part of their prompts is set aside for the held-out figures."""
 
     @model_validator(mode="before")
     @classmethod
@@ -63,7 +63,6 @@ def _wiring(run_dir: Path, number: int, model: Path, seed: int) -> dict[str, dic
             "run_dir": folder / "preference",
             "model": model,
             "preferences": label / "rankings.parquet",
-            "heldout_preferences": label / "heldout_rankings.parquet",
             "seed": seed,
         },
     }
