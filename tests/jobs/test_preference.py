@@ -7,6 +7,7 @@ import json
 import pyarrow.parquet as pq
 from transformers import AutoModelForCausalLM
 
+from jobs.evaluate import parents_of
 from rayllm.lineage import read_manifest
 from rayllm.report.html import write_report
 from tests.jobs.conftest import rayllm
@@ -39,6 +40,10 @@ def test_each_round_learns_from_its_own_models_answers(tiny_run, tmp_path):
         AutoModelForCausalLM.from_pretrained(folder / "preference/model")
     first, second = (pq.read_table(tmp_path / f"round-{n}/label/rankings.parquet").to_pylist() for n in (1, 2))
     assert [row["responses"] for row in first] != [row["responses"] for row in second]
+    models = {name: source / name / "model" for name in ("pretrain", "sft", "ppo")}
+    models |= {"second": tmp_path / "round-2/preference/model", "first": tmp_path / "round-1/preference/model"}
+    found = {"pretrain": None, "sft": "pretrain", "ppo": "sft", "second": "first", "first": "sft"}
+    assert parents_of(models) == found  # by lineage, whatever the order
     page, _ = write_report(tmp_path / "round-1")
     assert "Preference optimisation" in page.read_text() and "drift on the data" in page.read_text()
     again = rayllm(*arguments)
