@@ -37,8 +37,8 @@ TOY = "jobs/configs/preference-quickstart.yaml"
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dpo": ("preference", ()),
     "dpo-plain": ("preference", ("sft_coef=0",)),
-    "ipo": ("preference", ("kind=ipo", "beta=0.5")),
-    "kto": ("preference", ("kind=kto", "sft_coef=0", "beta=0.3", "batch_size=64")),
+    "ipo": ("preference", ("kind=ipo", "beta=1")),
+    "kto": ("preference", ("kind=kto", "sft_coef=0", "beta=1", "batch_size=64", "optimizer.learning_rate=3e-4")),
     "orpo": ("preference", ("kind=orpo", "beta=0.5", "sft_coef=1")),
     "simpo": ("preference", ("kind=simpo", "beta=2", "target_margin=0.5")),
     "rejection-sampling": ("sft", ("batch_size=32", "num_epochs=1", "eval_every=100", "learner.zero_stage=0",
