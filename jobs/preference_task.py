@@ -159,7 +159,7 @@ class PreferenceTask(TrainTask):
         if config.sft_coef:
             loss = loss - config.sft_coef * (weights * per_token[chosen]).sum()
         return loss, {
-            "right": (weights * (chosen_rewards > rejected_rewards)).sum(),
+            "right": (weights * _share_right(chosen_rewards - rejected_rewards)).sum(),
             "weight": weights.sum(),
             "chosen": (weights * chosen_rewards).sum(),
             "chosen_weight": weights.sum(),
@@ -177,8 +177,9 @@ class PreferenceTask(TrainTask):
             desirable_weight=config.desirable_weight, undesirable_weight=config.undesirable_weight,
         )  # fmt: skip
         wanted, unwanted = weights * desirable, weights * ~desirable
+        gain = rewards - config.beta * self._kl.to(device)
         return loss, {
-            "right": (weights * ((rewards > config.beta * self._kl.to(device)) == desirable)).sum(),
+            "right": (weights * _share_right(torch.where(desirable, gain, -gain))).sum(),
             "weight": weights.sum(),
             "chosen": (wanted * rewards).sum(),
             "chosen_weight": wanted.sum(),
@@ -298,6 +299,11 @@ class PreferenceTask(TrainTask):
 
 def _all_sequences(comparison: Comparison) -> list[np.ndarray]:
     return [*comparison.sequences, *comparison.mismatched]
+
+
+def _share_right(margins: torch.Tensor) -> torch.Tensor:
+    """1 where a margin is positive, 0 where it is negative, and a half within rounding of 0, as before training."""
+    return torch.where(margins.abs() < 1e-5, 0.5, (margins > 0).float())
 
 
 def _no_sums() -> torch.Tensor:
