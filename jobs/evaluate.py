@@ -83,7 +83,7 @@ def run(loaded: Loaded[EvaluateConfig], console: Console, *, verbose: bool = Fal
                 answers, bits = {}, {}
                 for done, (name, path) in enumerate(config.models.items(), start=1):
                     progress.status(f"{name} answers")
-                    rows = held_out_text(config.heldout_documents, tokenizer)
+                    rows = held_out_text(config.heldout_documents, tokenizer, max_bad_rows=config.max_bad_rows)
                     bits[name] = actors.text.submit(ReferenceActor.bits_per_byte, str(path), rows)
                     answers[name] = ask(actors, config, path, prompts, tokenizer)
                     new = answers[name].get("new")

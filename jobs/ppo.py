@@ -29,7 +29,8 @@ from rayllm.config.base import Loaded
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.files import check_data_file
 from rayllm.data.prompts import PromptData, read_prompts
-from rayllm.data.sources import check_sources, shown_paths
+from rayllm.data.sources import check_sources as check_data_sources
+from rayllm.data.sources import shown_paths
 from rayllm.data.text import tokenize_documents
 from rayllm.environments.loading import load_environment, make_prompts
 from rayllm.errors import InputError
@@ -111,7 +112,7 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
         if path is not None:
             check_model_dir(path, key=key)
     if config.prompts is not None:
-        check_sources(config.prompts, key="prompts")
+        check_data_sources(config.prompts, key="prompts")
     for key, path in (("eval.prompts", config.eval.prompts),
                       ("ptx.documents", config.ptx.documents), ("eval.documents", config.eval.documents)):  # fmt: skip
         if path is not None:
@@ -165,9 +166,10 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
         InputError: too few prompts for one step, rows that the judge cannot read, or an unusable environment.
     """
     if config.ptx.documents is not None:
-        stream = tokenize_documents(config.ptx.documents, tokenizer)
+        stream = tokenize_documents(config.ptx.documents, tokenizer, max_bad_rows=config.max_bad_rows)
         stream.save(job.dir / "ptx.npy")
-        job.add_data("ptx.documents", rows=stream.num_documents, tokens=len(stream.tokens), dropped={})
+        counts = {"rows": stream.num_documents, "tokens": len(stream.tokens)}
+        job.add_data("ptx.documents", **stream.facts, **counts, dropped={})
     if config.environment.name is not None and config.prompts is None:
         make = load_environment(config.environment.name, **config.environment.options)
         num_rows = config.prompts_per_step * config.num_steps
@@ -192,7 +194,9 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
     held_out = read_prompts(
         config.eval.prompts, tokenizer, max_prompt_tokens=room, limit=config.eval.num_prompts,
         max_bad_rows=config.max_bad_rows,
-    )  # fmt: skip
+    ).apart_from(prompts)  # fmt: skip
+    if not held_out.rows:
+        raise InputError(f"eval.prompts: every prompt of {config.eval.prompts} stands in prompts too")
     job.add_data("eval.prompts", **held_out.facts, rows=len(held_out), dropped=held_out.dropped)
     if config.eval.judge == "gold":
         check_world_rows(held_out.rows, key="eval.prompts")

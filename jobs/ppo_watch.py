@@ -95,7 +95,8 @@ class Watch:
         self.first_step = 0
         self.last: dict[str, float] = {}
         self._times: dict[str, float] = {}
-        self._text = None if config.eval.documents is None else held_out_text(config.eval.documents, tokenizer)
+        documents, limit = config.eval.documents, config.max_bad_rows
+        self._text = None if documents is None else held_out_text(documents, tokenizer, max_bad_rows=limit)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

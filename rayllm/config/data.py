@@ -33,8 +33,8 @@ def _as_sources(value: Any) -> Any:
             sources.append(WeightedPath.model_validate({"path": item} if isinstance(item, str | Path) else item))
         except ValidationError as error:
             first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"item {index}: {key or item!r}: {first['msg'].removeprefix('Value error, ')}") from None
+            key = ".".join(str(part) for part in first["loc"]) or repr(item)
+            raise ValueError(f"item {index}: {key}: {first['msg'].removeprefix('Value error, ')}") from None
     return tuple(sources)
 
 

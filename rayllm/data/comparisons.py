@@ -61,9 +61,7 @@ def judged(feedback: Sequence[Feedback], *, max_length: int) -> list[Comparison]
     found = []
     for index, example in enumerate(feedback):
         mismatched = np.concatenate([example.prompt, _other_response(feedback, index)])[:max_length]
-        found.append(
-            Comparison([example.sequence], example.num_prompt_tokens, [], [example.desirable], [mismatched])
-        )
+        found.append(Comparison([example.sequence], example.num_prompt_tokens, [], [example.desirable], [mismatched]))
     return found
 
 

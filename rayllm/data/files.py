@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rayllm.data.messages import text_of
 from rayllm.data.rows import BadRows, Place, Row, RowError
 from rayllm.errors import InputError
 
@@ -29,7 +30,9 @@ JSON_CELLS = {
 }  # fmt: skip
 """Columns whose cells are JSON in a CSV file: text cannot be told from a number otherwise."""
 
-_SPLIT = re.compile(r"(?:^|[-_./])(train|training|test|validation|valid|val|dev|eval)(?:[-_./]|$)", re.IGNORECASE)
+_SPLIT = re.compile(
+    r"(?:^|[-_./])(train|training|test|validation|valid|val|dev|eval|held|heldout)(?:[-_./]|$)", re.IGNORECASE
+)
 
 
 def data_files(path: Path) -> list[Path]:
@@ -86,7 +89,7 @@ def read_rows(
     path: Path,
     required: Sequence[str],
     *,
-    check: Callable[[Row], None] | None = None,
+    check: Callable[[Row], object] | None = None,
     bad: BadRows | None = None,
 ) -> Iterator[Row]:
     """Yield the usable rows one by one.
@@ -114,6 +117,12 @@ def read_rows(
             bad.add(place, error)
             continue
         yield row
+
+
+def read_texts(path: Path, bad: BadRows) -> Iterator[str]:
+    """The `text` column of documents. Raises InputError as `read_rows` does."""
+    for row in read_rows(path, ["text"], check=lambda row: text_of(row["text"], "text"), bad=bad):
+        yield row["text"]
 
 
 def write_parquet(rows: Sequence[Row], path: Path) -> None:

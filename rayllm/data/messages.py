@@ -16,7 +16,7 @@ SHAREGPT_ROLES = {
     "chatgpt": "assistant", "model": "assistant", "tool": "tool", "observation": "tool", "function": "tool",
 }  # fmt: skip
 
-_HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_HH_TURN = re.compile(r"(?:^|\r?\n\r?\n)(Human|Assistant):")
 
 
 def text_of(value: Any, field: str) -> str:
@@ -76,22 +76,27 @@ def is_hh(value: Any) -> bool:
 def hh_messages(value: Any, field: str) -> list[Message]:
     """Anthropic's transcript: a blank line and "Human:" or "Assistant:" begin a turn.
 
-    Where one speaker's turns follow each other they are one turn. The last turn alone may be empty.
-    Raises RowError.
+    Where one speaker's turns follow each other they are one turn. The assistant's last turn may be empty.
+
+    Raises:
+        RowError: no transcript, or an empty turn of the user.
+        RowDropped: another turn of the assistant is empty.
     """
     if not is_hh(value):
         raise RowError(field, f"must be a transcript that begins with 'Human:', got {_named(value)}")
     text_of(value, field)
-    pieces = _HH_TURN.split(value.strip("\n"))
+    pieces = _HH_TURN.split(value.strip())
     messages: list[Message] = []
     for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True):
         role, content = ("user" if speaker == "Human" else "assistant"), said.strip()
         if messages and messages[-1]["role"] == role:
             content = f"{messages.pop()['content']}\n\n{content}".strip()
         messages.append({"role": role, "content": content})
-    for index, message in enumerate(messages[:-1]):
-        if not message["content"]:
+    for index, message in enumerate(messages):
+        if not message["content"] and message["role"] == "user":
             raise RowError(field, f"turn {index} of the transcript is empty")
+        if not message["content"] and index < len(messages) - 1:
+            raise RowDropped("the assistant once said nothing")
     return messages
 
 
@@ -119,21 +124,24 @@ def check_prompt(messages: list[Message], field: str) -> list[Message]:
 
 
 def last_turn(messages: list[Message], field: str) -> tuple[list[Message], str]:
-    """(prompt, response) of a conversation that ends with the assistant's turn. Raises RowError."""
+    """(prompt, response without blanks around it) of a conversation that ends with the assistant's turn.
+
+    Raises RowError.
+    """
     if messages[-1]["role"] != "assistant":
         raise RowError(field, f"must end with the assistant's turn, got {messages[-1]['role']}")
-    return check_prompt(messages[:-1], field), messages[-1]["content"]
+    return check_prompt(messages[:-1], field), messages[-1]["content"].strip()
 
 
 def response_of(value: Any, field: str) -> str:
-    """A response that is text, or one message of the assistant. Raises RowError."""
+    """A response that is text, or one message of the assistant, without blanks around it. Raises RowError."""
     if not isinstance(value, list):
-        return text_of(value, field)
+        return text_of(value, field).strip()
     messages = messages_of(value, field)
     if len(messages) != 1 or messages[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in messages)
         raise RowError(field, f"must be one message of the assistant behind the prompt, got {roles}")
-    return messages[0]["content"]
+    return messages[0]["content"].strip()
 
 
 def common_prompt(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:

@@ -14,7 +14,7 @@ import numpy as np
 from rayllm.data.chat import encode_conversation, prompt_token_ids
 from rayllm.data.messages import Message, first_user_turn
 from rayllm.data.rows import Row, RowDropped, RowError
-from rayllm.data.sources import Origins, Paths, Reader, kept
+from rayllm.data.sources import PROMPT_TRAINED, Origins, Paths, Reader, kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class RankingData:
         rows = self.origins.not_in(train.origins.prompts)
         dropped = dict(self.dropped)
         if len(rows) < len(self.rankings):
-            dropped["of a prompt to train on"] = len(self.rankings) - len(rows)
+            dropped[PROMPT_TRAINED] = len(self.rankings) - len(rows)
         return RankingData(kept(self.rankings, rows), dropped, self.origins.of(rows))
 
     @property
@@ -161,7 +161,7 @@ def read_feedback(paths: Paths, tokenizer: Any, *, max_length: int, max_bad_rows
 def _encode(row: Row, tokenizer: Any) -> tuple[int, list[np.ndarray]]:
     """(tokens of the prompt, prompt and response of each response)."""
     prompt = prompt_token_ids(tokenizer, row["prompt"])
-    if row.get("response_ids") is not None:
+    if row["response_ids"] is not None:
         for index, ids in enumerate(row["response_ids"]):
             if max(ids) >= len(tokenizer):
                 raise RowError(

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from rayllm.data.chat import prompt_messages, prompt_token_ids
-from rayllm.data.messages import Message
+from rayllm.data.messages import Message, first_user_turn
 from rayllm.data.rows import Row, RowDropped, RowError
-from rayllm.data.sources import Origins, Paths, Reader, kept, shown_paths
+from rayllm.data.sources import PROMPT_TRAINED, Origins, Paths, Reader, kept, shown_paths
 from rayllm.errors import InputError
 
 
@@ -27,6 +27,15 @@ class PromptData:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def apart_from(self, train: PromptData) -> PromptData:
+        """Without the prompts that stand in ``train``; they are counted as dropped."""
+        known = {_identity(row) for row in train.rows}
+        rows = [index for index, row in enumerate(self.rows) if _identity(row) not in known]
+        dropped = dict(self.dropped)
+        if len(rows) < len(self.rows):
+            dropped[PROMPT_TRAINED] = len(self.rows) - len(rows)
+        return PromptData(kept(self.rows, rows), kept(self.token_ids, rows), dropped, self.facts)
+
     def messages(self, prompt_id: int) -> list[Message]:
         """Of a prompt that is text or messages."""
         return prompt_messages(self.rows[prompt_id]["prompt"])
@@ -34,6 +43,14 @@ class PromptData:
     def text(self, prompt_id: int) -> str:
         """The last user turn, for people to read."""
         return self.messages(prompt_id)[-1]["content"]
+
+
+def _identity(row: Row) -> str:
+    """What tells prompts apart: the first user turn, or the token ids."""
+    prompt = row["prompt"]
+    if isinstance(prompt, list) and isinstance(prompt[0], int):
+        return str(prompt)
+    return first_user_turn(prompt_messages(prompt))
 
 
 def read_prompts(

@@ -69,3 +69,9 @@ class BadRows:
         more = len(self.found) - len(lines)
         lines += [f"and {more} more"] if more else []
         raise InputError("\n".join([f"more than max_bad_rows={self.limit} bad rows:", *lines]))
+
+    def facts(self) -> dict[str, Any]:
+        """For the run record: their number and the first few, if there are any."""
+        if not self.found:
+            return {}
+        return {"bad_rows": len(self.found), "first_bad_rows": [str(row) for row in self.found[:SHOWN]]}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +15,14 @@ import numpy as np
 from rayllm.config.data import WeightedPath, sources_of
 from rayllm.data.files import check_data_file, data_files, iter_rows
 from rayllm.data.formats import Format, SchemaName, detect
-from rayllm.data.rows import SHOWN, BadRows, Row, RowDropped, RowError
+from rayllm.data.rows import BadRows, Row, RowDropped, RowError
 
 T = TypeVar("T")
 
 Paths = Path | tuple[WeightedPath, ...]
+
+PROMPT_TRAINED = "of a prompt to train on"
+"""Why a held-out row is dropped."""
 
 
 @dataclass
@@ -74,7 +77,8 @@ class Origins:
 
 def is_held_out(prompt: str, fraction: float) -> bool:
     """Whether a prompt belongs to the held-out part: a function of its text alone, in every file and every job."""
-    return zlib.crc32(prompt.encode()) / 2**32 < fraction
+    digest = hashlib.sha256(prompt.encode()).digest()  # a CRC puts prompts that differ in a digit all on one side
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
 def check_sources(paths: Paths, *, key: str) -> None:
@@ -146,14 +150,12 @@ class Reader:
         return items, origins
 
     def facts(self) -> dict[str, Any]:
-        """For the run record: formats, sources where there are several, bad rows."""
-        facts: dict[str, Any] = {"format": " and ".join(dict.fromkeys(e["format"] for e in self.read if e["format"]))}
+        """For the run record: formats, rows read, sources where there are several, bad rows."""
+        formats = dict.fromkeys(entry["format"] for entry in self.read if entry["format"])
+        facts: dict[str, Any] = {"format": " and ".join(formats), "read": sum(entry["rows"] for entry in self.read)}
         if len(self.read) > 1:
             facts["sources"] = self.read
-        if self.bad.found:
-            facts["bad_rows"] = len(self.bad.found)
-            facts["first_bad_rows"] = [str(row) for row in self.bad.found[:SHOWN]]
-        return facts
+        return facts | self.bad.facts()
 
     def _check_format(self, row: Row, expected: Format) -> None:
         """One file holds one format: that of its first row which has one."""

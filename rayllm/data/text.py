@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from rayllm.data.batching import BatchOrder
-from rayllm.data.files import read_rows
-from rayllm.data.formats import text_of
-from rayllm.data.rows import Row
+from rayllm.data.files import read_texts
+from rayllm.data.rows import BadRows
 from rayllm.data.tokenizer import end_of_text_id
 
 BATCH = 1_000
@@ -28,6 +27,8 @@ class TokenStream:
     tokens: np.ndarray  # (N,) uint32; memory-mapped when it came from a file
     num_documents: int
     num_bytes: int
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Bad rows that were passed over, for the run record."""
 
     def save(self, path: Path) -> None:
         np.save(path, self.tokens)
@@ -38,23 +39,24 @@ class TokenStream:
         return self.tokens[offset : offset + usable].reshape(-1, sequence_length)
 
 
-def tokenize_documents(path: Path, tokenizer: Any) -> TokenStream:
+def tokenize_documents(path: Path, tokenizer: Any, *, max_bad_rows: int = 0) -> TokenStream:
     """Read the `text` column and encode it; memory holds the tokens and a thousand documents at a time."""
+    bad = BadRows(max_bad_rows)
     separator = end_of_text_id(tokenizer)
     parts: list[np.ndarray] = []
     num_documents = num_bytes = 0
-    for texts in _batches(str(row["text"]) for row in read_rows(path, ["text"], check=_check_text)):
+    for texts in _batches(read_texts(path, bad)):
         for encoded in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
             parts.append(np.array([separator, *encoded.ids], dtype=np.uint32))
         num_documents += len(texts)
         num_bytes += sum(len(text.encode()) for text in texts)
     tokens = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
-    return TokenStream(tokens, num_documents, num_bytes)
+    return TokenStream(tokens, num_documents, num_bytes, bad.facts())
 
 
-def held_out_text(path: Path, tokenizer: Any) -> tuple[torch.Tensor, float]:
+def held_out_text(path: Path, tokenizer: Any, *, max_bad_rows: int = 0) -> tuple[torch.Tensor, float]:
     """(R, 128) int64 rows of documents, and the factor from mean nats per token to bits per byte."""
-    stream = tokenize_documents(path, tokenizer)
+    stream = tokenize_documents(path, tokenizer, max_bad_rows=max_bad_rows)
     rows = torch.from_numpy(stream.rows(HELD_OUT_LENGTH).astype(np.int64))
     return rows, len(stream.tokens) / stream.num_bytes / math.log(2)
 
@@ -74,10 +76,6 @@ class PackedRows:
         offset = int(np.random.default_rng((self.seed, epoch, 1)).integers(self.sequence_length))
         starts = offset + self.order.rows(step) * self.sequence_length
         return self.tokens[starts[:, None] + np.arange(self.sequence_length)].astype(np.int64)
-
-
-def _check_text(row: Row) -> None:
-    text_of(row["text"], "text")
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

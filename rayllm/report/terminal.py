@@ -83,13 +83,14 @@ def _data_line(data: Mapping[str, Any]) -> str:
         source = " + ".join(
             f"{shown_path(part['path'])} (weight {part['weight']:g}, {part['rows']:,} rows)" for part in data["sources"]
         )
-    parts = [f"read as {data['format']}"] if data.get("format") else []
-    parts += [f"{data[name]:,} {name.replace('_', ' ')}" for name in ("rows", "tokens", "pairs") if name in data]
+    parts = [f"read as {data['format']}, {data['read']:,} rows; kept"] if data.get("format") else []
+    counted = ("rows", "tokens", "pairs", "heldout_rows")
+    parts = [*parts, ", ".join(f"{data[name]:,} {name.replace('_', ' ')}" for name in counted if name in data)]
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in (data.get("dropped") or {}).items())
     end = f"dropped: {dropped}" if dropped else "none dropped"
     if data.get("bad_rows"):
         end += f"; passed over {data['bad_rows']:,} bad rows, first: " + "; ".join(data["first_bad_rows"])
-    return f"{source}: {', '.join(parts)}; {end}"
+    return f"{source}: {' '.join(parts)}; {end}"
 
 
 def _example_text(pieces: Sequence[tuple[str, bool]], *, plain: bool) -> Text:

@@ -190,6 +190,8 @@ def data_rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     for stage in stages:
         for data in stage.record.get("data") or []:
             dropped = {str(k): int(n) for k, v in (data.get("dropped") or {}).items() if (n := number(v))}
+            if data.get("bad_rows"):
+                dropped["bad rows"] = int(data["bad_rows"])
             reasons = sorted(dropped.items(), key=lambda item: -item[1])
             rows.append(
                 {

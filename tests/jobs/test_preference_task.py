@@ -42,7 +42,11 @@ def rankings(num: int, seed: int) -> list[Ranking]:
 
 
 def feedback(rankings: list[Ranking]) -> list[Feedback]:
-    return [Feedback(s, r.num_prompt_tokens, rank == 0) for r in rankings for s, rank in zip(r.sequences, r.ranks, strict=True)]
+    return [
+        Feedback(s, r.num_prompt_tokens, rank == 0)
+        for r in rankings
+        for s, rank in zip(r.sequences, r.ranks, strict=True)
+    ]
 
 
 def make_task(model, kind: str, *overrides: str) -> PreferenceTask:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from rayllm.data.files import iter_rows
@@ -64,7 +66,7 @@ TALKED = [user("a"), assistant("b"), user("c")]
          [user("a")], ["x", "y", "z"], [1, 0, 1], None),
         ({"prompt": "a", "responses": ["x", "y", "z"], "scores": [1, 2.5, 1]}, "scored responses",
          [user("a")], ["x", "y", "z"], [1, 0, 1], [1.0, 2.5, 1.0]),
-        ({"prompt": "a", "chosen": "x", "rejected": "y", "margin": 0.5}, "preference pairs",
+        ({"prompt": "a", "chosen": " x", "rejected": "y\n", "margin": 0.5}, "preference pairs",
          [user("a")], ["x", "y"], [0, 1], [0.5, 0.0]),
         ({"prompt": [user("a")], "chosen": [assistant("x")], "rejected": [assistant("y")]}, "preference pairs",
          [user("a")], ["x", "y"], [0, 1], None),
@@ -81,6 +83,8 @@ TALKED = [user("a"), assistant("b"), user("c")]
         # one speaker's turns that follow each other are one
         ({"chosen": TALK + "x\n\nAssistant: z", "rejected": TALK + "y"}, "Anthropic HH",
          TALKED, ["x\n\nz", "y"], [0, 1], None),
+        ({"chosen": " " + TALK.strip().replace("\n", "\r\n") + " x", "rejected": TALK.lstrip() + "y"}, "Anthropic HH",
+         TALKED, ["x", "y"], [0, 1], None),
         ({"prompt": TALK, "chosen": "x", "rejected": "y"}, "preference pairs", TALKED, ["x", "y"], [0, 1], None),
         ({"instruction": "a", "completions": [
             {"response": "x", "overall_score": 2.0, "fine-grained_score": 5.0}, {"response": "y", "overall_score": 7},
@@ -101,11 +105,11 @@ def test_rankings(row, name, prompt, responses, ranks, scores):
 
 
 def test_what_is_known_of_a_ranking_is_kept():
-    row = {"prompt": "a", "responses": ["x", ""], "ranks": [0, 1], "response_ids": [[5, 2], [2]], "labeler": "ana",
+    row = {"prompt": "a", "responses": ["", " "], "ranks": [0, 1], "response_ids": [[2], [5, 2]], "labeler": "ana",
            "criteria": "honest", "subset": "chat", "scores": None, "seconds": 3}  # fmt: skip
     _, ranking = convert(row, "ranking")
     assert ranking == {
-        "prompt": [user("a")], "responses": ["x", ""], "ranks": [0, 1], "response_ids": [[5, 2], [2]], "labeler": "ana",
+        "prompt": [user("a")], "responses": ["", " "], "ranks": [0, 1], "response_ids": [[2], [5, 2]], "labeler": "ana",
         "criteria": "honest", "category": "chat", "scores": None,
     }  # fmt: skip
 
@@ -114,6 +118,7 @@ def test_what_is_known_of_a_ranking_is_kept():
     ("row", "reason"),
     [
         ({"chosen": TALK, "rejected": TALK + "y"}, "an answer without words"),
+        ({"chosen": TALK.replace(" b", " ") + "x", "rejected": TALK.replace(" b", " ") + "y"}, "once said nothing"),
         ({"chosen": TALK + "x", "rejected": "\n\nHuman: a\n\nAssistant: z"}, "part before the last turn"),
         (
             {"chosen": [user("a"), assistant("x")], "rejected": [user("b"), assistant("y")]},
@@ -128,13 +133,16 @@ def test_a_pair_that_is_no_use_is_dropped_and_not_bad(row, reason):
 
 def test_feedback_single_and_of_rankings():
     row = {"prompt": "a", "completion": [assistant("x")], "label": False}
-    assert convert(row, "feedback")[1] == {"prompt": [user("a")], "responses": ["x"], "desirable": [False]}
-    row = {"prompt": "a", "responses": ["x", "y", "z", "w"], "ranks": [1, 0, 2, 0]}
+    assert convert(row, "feedback")[1] == {
+        "prompt": [user("a")], "responses": ["x"], "response_ids": None, "desirable": [False]
+    }  # fmt: skip
+    row = {"prompt": "a", "responses": ["x", "y", "z", ""], "ranks": [1, 0, 2, 0], "response_ids": [[4], [5], [6], [7]]}
     found = convert(row, "feedback")[1]
-    assert (found["responses"], found["desirable"]) == (["y", "z", "w"], [True, False, True])
+    assert (found["responses"], found["desirable"]) == (["y", "z", ""], [True, False, True])
+    assert found["response_ids"] == [[5], [6], [7]]
     row = {"chosen": TALK + "x", "rejected": TALK + "y"}
     name, found = convert(row, "feedback")
-    assert name == "Anthropic HH" and found == {"prompt": TALKED, "responses": ["x", "y"], "desirable": [True, False]}
+    assert name == "Anthropic HH" and (found["prompt"], found["desirable"]) == (TALKED, [True, False])
 
 
 @pytest.mark.parametrize(
@@ -184,6 +192,43 @@ def test_every_bad_row_of_a_thousand_is_named(tmp_path):
         first = next(number for number, line in enumerate(found, start=1) if line.kind)
         assert str(error.value).startswith(f"{path}:{first}: ")
     assert total == 1000
+
+
+WICKED = [None, True, 0, -1, 10**400, 1e308, float("nan"), "", " ", "\ud800", "Human:", "x" * 9, [], [[]], {}, [{}], [None], [0]]
+
+
+def spoiled(value, rng):
+    """``value`` with something wicked at a random depth."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        return {**value, key: spoiled(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        index = rng.randrange(len(value))
+        return [spoiled(item, rng) if at == index else item for at, item in enumerate(value)]
+    return rng.choice(WICKED)
+
+
+def test_whatever_a_row_holds_it_is_read_or_refused_by_name():
+    rng = random.Random(0)
+    refused = 0
+    for index in range(6_000):
+        schema, good = GOOD[sorted(GOOD)[index % len(GOOD)]]
+        row = good(index)
+        for _ in range(rng.randrange(1, 4)):
+            row = {**row, (key := rng.choice(list(row))): spoiled(row[key], rng)}
+        extra = rng.choice(["prompt", "chosen", "scores", "margin", "labeler", "input", "response_ids", "subset"])
+        row = {**row, extra: rng.choice(WICKED)} if rng.random() < 0.3 else row
+        try:
+            _, found = convert(row, schema)
+            messages = found["messages"] if schema == "conversation" else found["prompt"]
+            assert all(m["content"].strip() for m in messages if isinstance(m, dict))
+            assert all(type(token) is int for token in messages if not isinstance(token, str | dict))
+        except RowError as error:
+            refused += 1
+            assert error.field and len(str(error)) < 400
+        except RowDropped:
+            pass
+    assert refused > 3_000
 
 
 def test_one_bad_row_too_many_ends_the_reading_and_names_the_first(tmp_path):
