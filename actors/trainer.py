@@ -35,14 +35,26 @@ class TrainTask(Protocol):
     def build(self) -> torch.nn.Module:
         """The module with its start weights; the same on every rank."""
 
+    def prepare(self, engine: Engine, run_dir: Path) -> None:
+        """What needs the start weights, before a checkpoint is loaded; every rank calls it at every start."""
+        return None
+
     def micro_batches(self, step: int, rank: int, world_size: int) -> Sequence[Any]:
         """This rank's part of the step's batch; every rank gets the same number of micro-batches."""
+
+    def begin_step(self, engine: Engine, micro_batches: Sequence[Any]) -> None:
+        """What the losses of the step need of its whole batch; every rank calls it before the first loss."""
+        return None
 
     def loss(self, engine: Engine, micro_batch: Any) -> torch.Tensor:
         """Part of the global batch's loss: the parts of all micro-batches and ranks sum to it."""
 
     def num_tokens(self, micro_batch: Any) -> int:
         """Tokens in the micro-batch, for throughput."""
+
+    def step_metrics(self, engine: Engine) -> dict[str, float]:
+        """More to log of the step that was made; every rank calls it after every step."""
+        return {}
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
         """Held-out metrics; every rank calls it and gets the same numbers."""
@@ -146,6 +158,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     init_distributed(backend(task.config.workers.gpus_per_worker))
     engine = Engine(task.build(), task.config.optimizer, task.config.learner)
+    task.prepare(engine, Path(settings["run_dir"]))
     checkpoint = ray.train.get_checkpoint()
     first = 0
     if checkpoint is not None:
@@ -201,6 +214,7 @@ class _Loop:
     def step(self, step: int) -> None:
         config = self.task.config
         micro_batches = self.task.micro_batches(step, self.rank, self.world_size)
+        self.task.begin_step(self.engine, micro_batches)
         learning_rate = config.optimizer.learning_rate_at(step, self.task.num_steps)
         stats = self.engine.update(
             micro_batches, lambda batch: self.task.loss(self.engine, batch), learning_rate=learning_rate
@@ -208,6 +222,7 @@ class _Loop:
         self._skipped += stats.skipped
         self._tokens += sum(self.task.num_tokens(batch) for batch in micro_batches)
         loss, tokens = self.engine.sum_tensor(torch.tensor([stats.loss, self._tokens], dtype=torch.float64)).tolist()
+        more = self.task.step_metrics(self.engine)
         seconds = time.monotonic() - self._logged_at
         if self.mailbox is not None and (seconds > self.LOG_EVERY_SECONDS or step + 1 == self.task.num_steps):
             metrics = {
@@ -217,7 +232,7 @@ class _Loop:
             if self._skipped:
                 metrics["train/skipped_steps"] = float(self._skipped)
             if not stats.skipped:
-                metrics |= {"train/loss": loss, "train/grad_norm": stats.grad_norm}
+                metrics |= {"train/loss": loss, "train/grad_norm": stats.grad_norm, **more}
             self.push(step + 1, metrics)
         if seconds > self.LOG_EVERY_SECONDS:
             self._tokens, self._logged_at = 0, time.monotonic()

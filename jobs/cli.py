@@ -57,6 +57,10 @@ COMMANDS = {
     "reward-report": Command(
         "reward_report", "reward_report:RewardReportConfig", "how far a reward model can be trusted, on any rankings"
     ),
+    "preference": Command("preference", "preference:PreferenceConfig", "DPO and its kin: learn straight from rankings"),
+    "online-preference": Command(
+        "online_preference", "online_preference:OnlinePreferenceConfig", "label and preference in turns"
+    ),
     "ppo": Command("ppo", "ppo:PPOConfig", "RLHF: improve the SFT model against the reward model"),
     "evaluate": Command("evaluate", "evaluate:EvaluateConfig", "all models side by side on held-out prompts"),
     "serve": Command("serve", "serve:ServeConfig", "serve a model as an OpenAI-compatible chat API"),

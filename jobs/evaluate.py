@@ -210,12 +210,12 @@ def assemble(
     tokenizer: Any,
 ) -> dict[str, Any]:
     """The content of evaluation.json."""
-    names = list(config.models)
+    parents = parents_of(config.models)
     models: list[dict[str, Any]] = []
     metrics: dict[str, dict[str, Any]] = {}
-    for index, (name, path) in enumerate(config.models.items()):
+    for name, path in config.models.items():
         manifest = read_manifest(path) or {}
-        parent = names[index - 1] if index else None
+        parent = parents[name]
         models.append(
             {
                 "name": name, "id": content_id(path), "path": str(path), "stage": manifest.get("stage"),
@@ -238,6 +238,19 @@ def assemble(
         "metrics": metrics,
         "samples": samples(config, prompts, answers, tokenizer),
     }  # fmt: skip
+
+
+def parents_of(models: dict[str, Path]) -> dict[str, str | None]:
+    """Name of the model that each was trained from, if it is among them; else of the one before it."""
+    names = list(models)
+    by_id = {content_id(path): name for name, path in models.items()}
+    found: dict[str, str | None] = {}
+    for index, name in enumerate(names):
+        manifest = read_manifest(models[name]) or {"parents": []}
+        origins = [by_id.get(parent["id"]) for parent in manifest["parents"] if parent["role"] == "model"]
+        known = [origin for origin in origins if origin is not None]
+        found[name] = known[0] if known else names[index - 1] if index else None
+    return found
 
 
 def compare(mine: Sequence[Judgement], others: Sequence[Judgement]) -> dict[str, float]:

@@ -12,8 +12,8 @@ from rayllm.config.label import RolloutConfig
 
 class EvaluateConfig(DataJobConfig):
     models: dict[str, Path]
-    """Name -> model folder, oldest first; each is compared with the one before it. Drift (KL) is measured from
-    the model named by `reference`."""
+    """Name -> model folder, oldest first; each is compared with the one it was trained from, or, where that is not
+    among them, with the one before it. Drift (KL) is measured from the model named by `reference`."""
 
     reference: str = "sft"
     """Name, in `models`, of the model that KL is measured from."""

@@ -90,12 +90,24 @@ class Feedback:
     num_prompt_tokens: int
     desirable: bool
 
+    @property
+    def prompt(self) -> np.ndarray:
+        return self.sequence[: self.num_prompt_tokens]
+
 
 @dataclass(frozen=True, slots=True)
 class FeedbackData:
     examples: list[Feedback]
     dropped: dict[str, int]
     origins: Origins = field(default_factory=Origins)
+
+    def apart_from(self, train: FeedbackData) -> FeedbackData:
+        """Without the responses to prompts that stand in ``train``; they are counted as dropped."""
+        rows = self.origins.not_in(train.origins.prompts)
+        dropped = dict(self.dropped)
+        if len(rows) < len(self.examples):
+            dropped["of a prompt to train on"] = len(self.examples) - len(rows)
+        return FeedbackData(kept(self.examples, rows), dropped, self.origins.of(rows))
 
     @property
     def num_tokens(self) -> int:

@@ -63,6 +63,30 @@ FIGURES: tuple[FigureSpec, ...] = (
         ),
     ),
     FigureSpec(
+        "preference",
+        "Preference optimisation",
+        (
+            PanelSpec(
+                "loss",
+                (("train/loss", "training"), ("eval/loss", "held out")),
+                "Mean preference loss over prompts; its scale depends on the kind of loss.",
+            ),
+            PanelSpec(
+                "accuracy",
+                (("train/accuracy", "training"), ("eval/accuracy", "held out")),
+                "Share of pairs where the preferred answer has the higher implicit reward; with KTO, share of answers "
+                "on the right side of the reference point.",
+                "rate",
+            ),
+            PanelSpec(
+                "drift on the data's answers",
+                (("train/kl", "training"), ("eval/kl", "held out")),
+                "Mean log-probability under the reference minus that under the model, nats an answer: the KL from "
+                "reference to model where the reference wrote the answers.",
+            ),
+        ),
+    ),
+    FigureSpec(
         "ppo",
         "PPO: is it better?",
         (
@@ -177,6 +201,29 @@ MORE_FIGURES: tuple[FigureSpec, ...] = (
                 (("policy/approx_kl", ""),),
                 "How far the policy moved within one step, in nats per token.",
             ),
+        ),
+    ),
+    FigureSpec(
+        "preference",
+        "Preference optimisation",
+        (
+            PanelSpec(
+                "implicit rewards",
+                (("eval/chosen_rewards", "chosen"), ("eval/rejected_rewards", "rejected")),
+                "Beta times the log-ratio of model to reference on held-out answers; both may fall, as long as the "
+                "chosen ones fall less.",
+            ),
+            PanelSpec(
+                "margin",
+                (("eval/margin", "held out"), ("train/margin", "training")),
+                "Mean implicit reward of the preferred answer minus the other.",
+            ),
+            PanelSpec(
+                "reference point",
+                (("train/reference_point", "training"),),
+                "KTO only: estimated KL to the reference, at least 0, that rewards are compared with.",
+            ),
+            *_OPTIMIZER,
         ),
     ),
     FigureSpec(

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import COMMANDS
+from rayllm.algorithms.preference import KINDS
 from rayllm.config.base import describe_fields, load_config
 from rayllm.config.common import OptimizerConfig
 from rayllm.config.label import LabelConfig
+from rayllm.config.online_preference import OnlinePreferenceConfig
 from rayllm.config.pipeline import WIRING, PipelineConfig
 from rayllm.config.ppo import PPOConfig
+from rayllm.config.preference import PreferenceConfig
 from rayllm.config.sft import SftConfig
 from rayllm.errors import InputError
 from rayllm.lineage import config_inputs, fingerprint
@@ -113,16 +116,28 @@ def test_ppo_stays_a_config_that_one_can_read():
     assert len(own) <= 95
 
 
-PRESETS = sorted(path for path in (ROOT / "jobs/configs").glob("*.yaml") if path.stem != "quickstart")
+QUICKSTART = ("quickstart", "preference-quickstart", "online-preference-quickstart")
+PREFERENCE = ("kto", "orpo", "simpo")
+PRESETS = sorted(path for path in (ROOT / "jobs/configs").glob("*.yaml") if path.stem not in QUICKSTART)
 
 
 def test_the_quickstart_loads():
     load_config(PipelineConfig, ROOT / "jobs/configs/quickstart.yaml")
+    keys = ["run_dir=r", "model=m"]
+    load_config(PreferenceConfig, ROOT / "jobs/configs/preference-quickstart.yaml", [*keys, "preferences=p"])
+    keys += ["label.prompts=p", "label.heldout_prompts=h"]
+    load_config(OnlinePreferenceConfig, ROOT / "jobs/configs/online-preference-quickstart.yaml", keys)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_go_on_top_of_a_run(path, tmp_path):
     base = tmp_path / "base.yaml"
+    if path.stem in PREFERENCE:
+        base.write_text("run_dir: r\nmodel: m\npreferences: p\nheldout_preferences: h\nmax_length: 99\n")
+        loaded = load_config(PreferenceConfig, [base, path], ["beta=0.7"])
+        assert (loaded.config.kind, loaded.config.max_length, loaded.config.beta) == (path.stem, 99, 0.7)
+        assert "https://" in path.read_text()
+        return
     base.write_text("run_dir: r\nmodel: m\nreward_model: rm\nprompts: p\nnum_steps: 7\n")
     loaded = load_config(PPOConfig, [base, path], ["algorithm.num_epochs=2"])
     assert loaded.config.num_steps == 7 and loaded.config.algorithm.num_epochs == 2
@@ -245,6 +260,8 @@ def test_text_on_the_command_line_stays_text(text):
 def test_a_labeler_gets_what_it_needs_and_nothing_else(overrides, message):
     with pytest.raises(InputError, match=message):
         load_config(LabelConfig, None, ["run_dir=r", "model=m", "prompts=p", *overrides])
+
+
 def test_several_reward_models_are_inputs_of_their_own(tmp_path):
     config = ppo("reward_model=[one, two]").config
     assert [path.name for path in config.reward_models] == ["one", "two"] and config.critic_start.name == "one"
@@ -276,3 +293,30 @@ def test_sources_of_rewards_take_from_their_section_what_they_do_not_say():
 def test_one_source_is_named_by_its_kind():
     reward = load_config(PPOConfig, None, [*REQUIRED, "reward.source=gold", "reward.timeout_s=7"]).config.reward
     assert {name: source.timeout_s for name, source in reward.by_name.items()} == {"gold": 7.0}
+def test_the_preference_config_knows_every_kind_of_loss():
+    assert set(PreferenceConfig.model_fields["kind"].annotation.__args__) == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["kind=ipo", "label_smoothing=0.1"], "label_smoothing=0.1 has no effect with kind=ipo; set kind=dpo or robust"),
+        (["target_margin=1"], "has no effect with kind=dpo; set kind=simpo, or target_margin=0"),
+        (["desirable_weight=2"], "set kind=kto, or desirable_weight=1"),
+        (["kind=orpo"], "kind=orpo needs sft_coef > 0"),
+        (["kind=kto", "sft_coef=1"], "needs pairs, and kind=kto has none"),
+    ],
+)
+def test_preference_settings_that_do_not_fit_together(overrides, message):
+    with pytest.raises(InputError, match=message):
+        load_config(PreferenceConfig, None, ["run_dir=r", "model=m", "preferences=p", "heldout_preferences=h", *overrides])
+
+
+def test_every_round_of_online_preference_starts_from_the_last_ones_model():
+    keys = ["run_dir=/x", "model=/m", "seed=5", "label.prompts=p", "label.heldout_prompts=h", "preference.kind=ipo"]
+    config = load_config(OnlinePreferenceConfig, None, keys).config
+    label, preference = config.round(2, Path("/x/round-1/preference/model"))
+    assert label.model == preference.model == Path("/x/round-1/preference/model")
+    assert (label.seed, preference.seed, preference.kind) == (6, 6, "ipo")
+    assert preference.preferences == Path("/x/round-2/label/rankings.parquet")
+    assert label.run_dir == Path("/x/round-2/label") and preference.run_dir == Path("/x/round-2/preference")

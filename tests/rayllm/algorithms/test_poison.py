@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from rayllm import algorithms
-from rayllm.algorithms import advantages, checks, kl, logprobs, losses, metrics, off_policy, rewards
+from rayllm.algorithms import advantages, checks, kl, logprobs, losses, metrics, off_policy, preference, rewards
 
 B, T, V = 5, 7, 6
 PROMPT_IDS = torch.tensor([4, 4, 9, 9, 9])
@@ -65,6 +65,11 @@ CASES = {
     "metrics.masked_mean": (["token"], metrics.masked_mean),
     "off_policy.mismatch": (["token"] * 2, lambda x, y, m: torch.stack([*off_policy.mismatch(x, y, m).values()])),
 }
+for averaged in (False, True):
+    CASES[f"preference.response_logprobs[{averaged}]"] = (
+        ["token"],
+        partial(preference.response_logprobs, averaged=averaged),
+    )
 for name, estimator in advantages.ADVANTAGES.items():
     CASES[f"advantages.Advantage[{name}]"] = (["token", "token", "row"], partial(advantage, estimator))
 for kind in off_policy.WEIGHT_KINDS:
@@ -109,7 +114,10 @@ WITHOUT_MASK = {
     "checks.require_same_shape": SHAPES,
     "ensembles.combine_ensemble": SCORES,
     "kl.next_kl_coef": "one number a step",
+    "preference.Kind": SHAPES,
+    "preference.kto_loss": SCORES,
     "preference.preference_loss": SCORES,
+    "preference.reference_point": SCORES,
     "ranking.kwise_loss": SCORES,
     "ranking.pairwise_loss": SCORES,
     "rewards.RunningMoments": SCORES,
