@@ -46,6 +46,7 @@ from rayllm.report.terminal import Progress
 NUM_ACTORS, NUM_SEQUENCES = (1, 4, 16), (64, 512, 4096)
 COLD, REPEATS = 3, 10
 CPUS = 0.01
+ROLES = ("policy", "critic", "reference", "reward")
 
 
 class _Pickler(pickle.Pickler):
@@ -131,6 +132,7 @@ def measure_one(work: Path, groups: dict[str, CountingGroup], num_sequences: int
     paths = {"run_dir": folder, **{key: work / "input" for key in ("model", "reward_model", "prompts")}}
     tree = settings("ppo", num_steps=num_steps, **paths)
     tree |= {"prompts_per_step": num_sequences, "rollout": {**tree["rollout"], "num_actors": num_actors}}
+    tree |= {name: {**tree[name], "num_actors": len(groups[name])} for name in ROLES}
     path = work / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     loaded = load_config(PPOConfig, path, [])
