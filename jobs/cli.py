@@ -52,6 +52,9 @@ COMMANDS = {
     "sft": Command("sft", "sft:SftConfig", "supervised fine-tuning on demonstrations"),
     "label": Command("label", "label:LabelConfig", "sample answers with vLLM and rank them, best to worst"),
     "reward-model": Command("reward_model", "reward_model:RewardModelConfig", "learn a reward from rankings"),
+    "process-reward-model": Command(
+        "process_reward_model", "process_reward_model:ProcessRewardModelConfig", "learn a reward from labelled steps"
+    ),
     "ppo": Command("ppo", "ppo:PPOConfig", "RLHF: improve the SFT model against the reward model"),
     "evaluate": Command("evaluate", "evaluate:EvaluateConfig", "all models side by side on held-out prompts"),
     "serve": Command("serve", "serve:ServeConfig", "serve a model as an OpenAI-compatible chat API"),

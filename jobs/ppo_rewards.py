@@ -70,6 +70,12 @@ class RewardGroups:
         """References to the (B,) rewards of every shard."""
         return self.any.map(SourceActor.mixed, shards, *zip(*scores, strict=True), mix=mix)
 
+    def with_step_rewards(self, shards: list[Any], scores: list[ShardScores], mix: Mix) -> list[Any]:
+        """The shards with what a source said of their single steps; where none does, as they are."""
+        if not self.config.has("process"):
+            return shards
+        return self.any.map(SourceActor.with_step_rewards, shards, *zip(*scores, strict=True), mix=mix)
+
     def stats(self, scores: list[ShardScores]) -> list[Any]:
         """References to what every shard's scores amount to."""
         return self.any.map(SourceActor.stats, *zip(*scores, strict=True))
@@ -161,7 +167,7 @@ def check_sources(config: PPOConfig) -> None:
             load_reward_function(source.function)
         elif isinstance(source, VerifierSource):
             check_verifier(source)
-        elif source.kind == "model" and source.model is not None:
+        elif source.kind in ("model", "process") and source.model is not None:
             check_model_dir(source.model, key=f"reward.sources.{name}.model")
 
 
