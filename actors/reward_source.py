@@ -24,13 +24,14 @@ from rayllm.config.reward import (
     HttpSource,
     JudgeSource,
     ModelSource,
+    ProcessSource,
     Source,
     VerifierSource,
 )
 from rayllm.data.experience import Experience, concat
 from rayllm.data.files import Row
 from rayllm.data.samples import Failed, Samples
-from rayllm.data.scores import Mix, Scores, ShardStats, mixed, sample_ids_of, stats, teaches
+from rayllm.data.scores import Mix, Scores, ShardStats, mixed, sample_ids_of, stats, teaches, with_step_rewards
 from rayllm.errors import InputError, RewardError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
@@ -55,7 +56,7 @@ class SourceActor:
         self.name, self.source, self.rows = name, source, rows
         self.scorer = _scorer(source, reward_models)
         self.tokenizer: Any = None
-        if not isinstance(source, ModelSource):
+        if not isinstance(source, ModelSource | ProcessSource):
             from rayllm.models.loading import load_tokenizer
 
             self.tokenizer = load_tokenizer(tokenizer)
@@ -92,9 +93,13 @@ class SourceActor:
             if self.source.on_failure in ("stop", "retry"):
                 tried = f" after {self.source.retries} retries" if self._num_tries() > 1 else ""
                 raise RewardError(f"{self.what} {problem}{tried}; on_failure={self.source.on_failure}")
+        token_values = None
+        if isinstance(self.source, ProcessSource):
+            token_values, found = by_token(shard, found)
         instead = 0.0 if self.source.on_failure == "zero" else torch.nan
-        values = torch.tensor([instead if isinstance(value, Failed) else value for value in found])
-        return Scores(self.name, sample_ids, values.float(), len(failed), f"{self.what} {problem}" if problem else "")
+        values = torch.tensor([instead if isinstance(value, Failed) else value for value in found]).float()
+        problem = f"{self.what} {problem}" if problem else ""
+        return Scores(self.name, sample_ids, values, len(failed), problem, token_values)
 
     async def members(self, shard: Experience) -> torch.Tensor:
         """(B, H) float32: what each head of each reward model gives; (B, 0) of a source of another kind."""
@@ -106,8 +111,8 @@ class SourceActor:
     @property
     def what(self) -> str:
         """The source, in messages."""
-        names = {"function": "function", "verifier": "verifier", "http": "url", "judge": "url", "model": "model"}
-        field = names.get(self.source.kind)
+        names = {"http": "url", "judge": "url", "process": "model", "gold": None, "environment": None}
+        field = names.get(self.source.kind, self.source.kind)
         return f"reward source {self.name}" + (f" ({field}={getattr(self.source, field)})" if field else "")
 
     def _num_tries(self) -> int:
@@ -173,6 +178,11 @@ class SourceActor:
         return rewards if shard.turn_rewards is None else rewards + shard.turn_rewards.sum(1)
 
     @staticmethod
+    def with_step_rewards(shard: Experience, *scores: Scores, mix: Mix) -> Experience:
+        """The shard with what its steps earned among its turns' rewards."""
+        return with_step_rewards(shard, scores, mix)
+
+    @staticmethod
     def stats(*scores: Scores) -> ShardStats:
         """What they amount to."""
         return stats(scores)
@@ -212,6 +222,15 @@ def _replacement(shard: Experience, spare: Experience, scores: Sequence[Scores])
     chosen = teaches(scores[half:], spare.prompt_ids, spare.turn_rewards)
     rows = torch.arange(len(shard))
     return torch.cat([rows[keep], len(shard) + chosen.nonzero()[:, 0], rows[~keep]])[: len(shard)]
+
+
+def by_token(shard: Experience, found: list[Any]) -> tuple[torch.Tensor, list[float | Failed]]:
+    """(B, T) what the steps earned, at their places among the action tokens, and the sum of each response."""
+    token_values = torch.zeros(shard.sequences.shape)
+    for row, values in enumerate(found):
+        if not isinstance(values, Failed):
+            token_values[row][shard.action_mask[row]] = torch.tensor(values)
+    return token_values, [v if isinstance(v, Failed) else float(sum(v)) for v in found]
 
 
 def _select(samples: Samples, places: list[int]) -> Samples:
@@ -257,6 +276,10 @@ class NoScorer:
 def _scorer(source: Source, reward_models: Sequence[str]) -> Any:
     if isinstance(source, ModelSource):
         return ModelScorer(source, reward_models)
+    if isinstance(source, ProcessSource):
+        from actors.reward_process import ProcessScorer
+
+        return ProcessScorer(source)
     if isinstance(source, FunctionSource | VerifierSource):
         return Child(source)
     if isinstance(source, HttpSource):

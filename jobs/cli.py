@@ -54,6 +54,9 @@ COMMANDS = {
     "sft": Command("sft", "sft:SftConfig", "supervised fine-tuning on demonstrations"),
     "label": Command("label", "label:LabelConfig", "sample answers with vLLM and rank them, best to worst"),
     "reward-model": Command("reward_model", "reward_model:RewardModelConfig", "learn a reward from rankings"),
+    "process-reward-model": Command(
+        "process_reward_model", "process_reward_model:ProcessRewardModelConfig", "learn a reward from labelled steps"
+    ),
     "reward-report": Command(
         "reward_report", "reward_report:RewardReportConfig", "how far a reward model can be trusted, on any rankings"
     ),

@@ -52,7 +52,7 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
                 logprobs = roles.logprobs(shards)
                 wait(shards)
             with watch.timed("time/score"):
-                rewards, baselines = controls.rewards(roles, shards, scores, greedy)
+                shards, rewards, baselines = controls.rewards(roles, shards, scores, greedy)
                 scored = (rewards, baselines, logprobs, ref_logprobs, values)
                 experience = roles.policy.map_pieces(
                     PolicyActor.experience, shards, *scored, kl_coef=controls.kl_coef

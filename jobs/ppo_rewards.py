@@ -70,6 +70,12 @@ class RewardGroups:
         """References to the (B,) rewards of every shard."""
         return self.any.map_pieces(SourceActor.mixed, shards, *zip(*scores, strict=True), mix=mix)
 
+    def with_step_rewards(self, shards: list[Any], scores: list[ShardScores], mix: Mix) -> list[Any]:
+        """The shards with what a source said of their single steps; where none does, as they are."""
+        if not self.config.has("process"):
+            return shards
+        return self.any.map(SourceActor.with_step_rewards, shards, *zip(*scores, strict=True), mix=mix)
+
     def stats(self, scores: list[ShardScores]) -> list[Any]:
         """References to what every shard's scores amount to."""
         return self.any.map_pieces(SourceActor.stats, *zip(*scores, strict=True))
@@ -164,6 +170,8 @@ def check_sources(config: PPOConfig) -> None:
         elif source.kind == "model":
             for folder in source.folders:
                 check_model_dir(folder, key=f"reward.sources.{name}.model")
+        elif source.kind == "process":
+            check_model_dir(source.model, key=f"reward.sources.{name}.model")
 
 
 def check_rows(config: RewardConfig, prompts: PromptData, *, key: str) -> None:

@@ -53,8 +53,9 @@ class Controls:
         shards: list[Any],
         scores: list[ShardScores],
         greedy: tuple[list[Any], list[ShardScores]] | None,
-    ) -> tuple[list[Any], list[Any]]:
-        """References to every shard's rewards and to those of its greedy responses, if there are any."""
+    ) -> tuple[list[Any], list[Any], list[Any]]:
+        """References to the shards with the rewards of their steps, to every shard's rewards, and to those of its
+        greedy responses, if there are any."""
         self._stats = roles.reward.stats(scores)
         if self.scales.needs_all:
             step = collect(self._stats, "reward")
@@ -62,7 +63,7 @@ class Controls:
             self.scales.add(step)  # a step's scores are on the scale of all so far, its own included
         mix = self.scales.mix()
         baselines = [None] * len(shards) if greedy is None else roles.reward.mixed(*greedy, mix)
-        return roles.reward.mixed(shards, scores, mix), baselines
+        return roles.reward.with_step_rewards(shards, scores, mix), roles.reward.mixed(shards, scores, mix), baselines
 
     def after(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Adapt to a step's metrics; returns what to log."""

@@ -142,6 +142,17 @@ class PPOConfig(DataJobConfig):
                 raise ValueError(
                     f"reward_model: required but not given, {where} needs one (with reward.source=gold none is needed)"
                 )
+        if self.reward.has("process"):
+            if self.algorithm.estimator.needs_groups or self.algorithm.estimator.needs_greedy_baseline:
+                raise ValueError(
+                    f"algorithm.advantage={self.algorithm.advantage} knows one score a response; a source of "
+                    "kind process, in reward.sources, scores its steps: use gae or reinforce_pp"
+                )
+            if self.shaping.resample_rounds:
+                raise ValueError(
+                    f"shaping.resample_rounds={self.shaping.resample_rounds} compares whole responses; a source of "
+                    "kind process, in reward.sources, scores their steps: set 0"
+                )
         if self.prompts is None and self.environment.name is None:
             raise ValueError("prompts: required but not given. " + PROMPTS_HELP)
         if self.reward.has("environment") and self.environment.name is None:

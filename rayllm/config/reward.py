@@ -159,6 +159,21 @@ class EndpointSource(SourceConfig):
         return url.rstrip("/")
 
 
+class ProcessSource(SourceConfig):
+    """A process reward model: each step of a response earns 2p - 1 at its end, with p the chance that it is right."""
+
+    kind: Literal["process"] = "process"
+
+    model: Path
+    """Model folder of the `process-reward-model` job."""
+
+    @model_validator(mode="after")
+    def _keeps_its_scale(self) -> ProcessSource:
+        if self.normalize == "running":
+            raise ValueError("normalize=running would move the scale of a response's single steps; set own")
+        return self
+
+
 class HttpSource(EndpointSource):
     """A server of rewards: gets `{"samples": [{id, prompt, response, row}, ...]}`, answers `{"rewards": {id: number}}`.
     """
@@ -214,14 +229,21 @@ class JudgeSource(EndpointSource):
 
 
 Source = Annotated[
-    ModelSource | GoldSource | EnvironmentSource | FunctionSource | VerifierSource | HttpSource | JudgeSource,
+    ModelSource
+    | GoldSource
+    | EnvironmentSource
+    | FunctionSource
+    | VerifierSource
+    | HttpSource
+    | JudgeSource
+    | ProcessSource,
     Field(discriminator="kind"),
 ]
 
 
 KINDS: dict[str, type[SourceConfig]] = {
     "model": ModelSource, "gold": GoldSource, "environment": EnvironmentSource, "function": FunctionSource,
-    "verifier": VerifierSource, "http": HttpSource, "judge": JudgeSource,
+    "verifier": VerifierSource, "http": HttpSource, "judge": JudgeSource, "process": ProcessSource,
 }  # fmt: skip
 
 
@@ -260,8 +282,8 @@ class RewardConfig(SourcesConfig):
     """Weight of the deviation in `mean_std`."""
 
     sources: dict[str, Source] = {}
-    """Several sources, or one of another kind: name -> {kind: model, function, verifier, http, judge, gold or
-    environment, ...}; docs/rewards.md has an example of each. In place of `source`."""
+    """Several sources, or one of another kind: name -> {kind: model, function, verifier, http, judge,
+    process, gold or environment, ...}; docs/rewards.md has an example of each. In place of `source`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -5,6 +5,7 @@ conversation  {"messages": [{role, content}, ...]}                           the
 ranking       {"prompt": [messages], "responses": [text], "ranks": [int],    0 is best, ties share a rank
                "response_ids", "scores", "labeler", "criteria", "category"}  None where not given
 feedback      {"prompt", "responses", "response_ids", "desirable": [bool]}
+steps         {"prompt", "steps": [text], "labels": [bool]}                  in order
 prompt        the row's own columns, and "prompt": text, [messages] or [token ids]
 ```
 
@@ -223,6 +224,21 @@ def ranking_feedback(convert: Callable[[Row], Row], row: Row) -> Row:
         "response_ids": None if ids is None else [ids[index] for index in kept],
         "desirable": [ranks[index] == min(ranks) for index in kept],
     }
+
+
+# steps
+
+
+def labelled_steps(row: Row) -> Row:
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
+        raise RowError("completions", f"must be a list of steps, each a text, got {steps!r:.60}")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise RowError("labels", f"must be a list of {len(steps)}, one a step, got {labels!r:.60}")
+    for index, label in enumerate(labels):
+        if not isinstance(label, bool):
+            raise RowError(f"labels[{index}]", f"must be true or false, got {label!r:.40}")
+    return {"prompt": prompt_of(row["prompt"], "prompt"), "steps": steps, "labels": labels}
 
 
 # prompts

@@ -11,7 +11,7 @@ from rayllm.data import conversions as to
 from rayllm.data.messages import is_hh
 from rayllm.data.rows import Row, RowError
 
-SchemaName = Literal["conversation", "ranking", "feedback", "prompt"]
+SchemaName = Literal["conversation", "ranking", "feedback", "steps", "prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ FORMATS: dict[SchemaName, tuple[Format, ...]] = {
         Format("unpaired feedback", ("prompt", "completion|response", "label"), to.unpaired_feedback),
         *(replace(f, convert=partial(to.ranking_feedback, f.convert)) for f in _RANKINGS),
     ),
+    "steps": (Format("labelled steps", ("prompt", "completions", "labels"), to.labelled_steps),),
     "prompt": (
         Format("prompts", ("prompt",), to.plain_prompt),
         Format("OpenAI messages", ("messages",), to.messages_prompt),

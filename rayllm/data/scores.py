@@ -13,6 +13,7 @@ import torch
 
 from rayllm.algorithms.advantages import has_signal
 from rayllm.algorithms.rewards import RunningMoments, standardize
+from rayllm.data.experience import Experience
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Scores:
 
     problem: str = ""
     """What happened to the last of them."""
+
+    token_values: torch.Tensor | None = None
+    """(B, T) float32 of a source that scores steps: at each step's last token, 0 elsewhere. ``values`` are the sums."""
 
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.sample_ids),):
@@ -91,6 +95,18 @@ def mixed(scores: Sequence[Scores], mix: Mix) -> torch.Tensor:
         mean, std, weight = mix[part.source]
         total = total + weight * standardize(column, mean=mean, std=std)
     return total
+
+
+def with_step_rewards(shard: Experience, scores: Sequence[Scores], mix: Mix) -> Experience:
+    """The shard with what its steps earned among its turns' rewards: at the tokens that ended them."""
+    total = torch.zeros(shard.sequences.shape) if shard.turn_rewards is None else shard.turn_rewards
+    sample_ids = sample_ids_of(shard.prompt_ids)
+    for part in scores:
+        if part.token_values is not None:
+            place = {sample_id: row for row, sample_id in enumerate(part.sample_ids)}
+            rows = part.token_values[torch.tensor([place[sample_id] for sample_id in sample_ids])]
+            total = total + mix[part.source][2] * rows
+    return shard.replace(turn_rewards=total)
 
 
 def stats(scores: Sequence[Scores]) -> ShardStats:
