@@ -11,7 +11,9 @@ killed asks for the chunks without a part and ends with what it would have had.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +43,11 @@ CHUNK = 64
 AHEAD = 4
 """Chunks that an engine has at once: enough to fill its batch while others are on their way."""
 
-MAX_RETRIES = 3
-"""Times that a chunk is given out again when its engine or scorer died; Ray Data's own default is without end."""
+MAX_RESTARTS = 3
+"""Times that an engine or scorer which died is started again, and that a chunk is given out again; Ray Data's own
+default is without end, even where the engine dies while it starts."""
+
+FALSE_ALARM = b"has constructor arguments in the object store and max_restarts > 0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +170,7 @@ class Stage:
     arguments: dict[str, Any]
 
     def over(self, dataset: Dataset) -> Dataset:
-        restarts: dict[str, Any] = {"max_restarts": -1, "max_task_retries": MAX_RETRIES}
+        restarts: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
         return dataset.map_batches(
             self.cls,
             fn_constructor_kwargs=self.arguments,
@@ -212,7 +217,7 @@ def run_stages(
         dataset = flow[0] if len(flow) == 1 else flow[0].union(flow[1])
         if scorer is not None:
             dataset = scorer.over(dataset)
-    with _readable_errors():
+    with _readable_errors(), _without_false_alarm():
         for batch in dataset.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
             on_done(int(batch["written"].sum()))
 
@@ -225,7 +230,8 @@ def _settings() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.getLogger("ray").level)
+    if logging.getLogger("ray").level >= logging.ERROR:  # the job is quiet; what fails is told once, at its end
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 @contextmanager
@@ -233,12 +239,40 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except RayTaskError as error:
-        cause: BaseException = error
-        while isinstance(cause, RayTaskError) and cause.cause is not None:
-            cause = cause.cause
-        raise RuntimeError(f"label: {type(cause).__name__}: {cause}") from error
+        raise RuntimeError(f"label: {_last_line(error)}") from error
     except RayActorError as error:
         raise RuntimeError(f"label: an actor died: {error}") from error
+
+
+def _last_line(error: RayTaskError) -> str:
+    """What a stage raised. Ray Data wraps it in an error of its own, and keeps of it the text only."""
+    raised, _, _ = str(error).partition("\n\nThe above exception was the direct cause")
+    return raised.strip().splitlines()[-1]
+
+
+@contextmanager
+def _without_false_alarm() -> Iterator[None]:
+    """Ray's core writes to stderr, for each actor that may be restarted, that its arguments might get lost: Ray Data
+    passes them through the object store, and holds them as long as it has actors."""
+    stderr = os.dup(2)
+    read_end, write_end = os.pipe()
+
+    def forward() -> None:
+        with os.fdopen(read_end, "rb") as lines:
+            for line in lines:
+                if FALSE_ALARM not in line:
+                    os.write(stderr, line)
+
+    forwarder = threading.Thread(target=forward, daemon=True)
+    forwarder.start()
+    os.dup2(write_end, 2)
+    os.close(write_end)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)  # closes the pipe's last end
+        forwarder.join(timeout=5)
+        os.close(stderr)
 
 
 def clear_parts(folder: Path, *, unfinished_only: bool) -> None:

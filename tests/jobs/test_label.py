@@ -20,8 +20,8 @@ from actors.labeling import CHUNK
 from rayllm.data.labeling import SCHEMAS
 from tests.jobs.conftest import ROOT, rayllm
 
-NUM_PROMPTS = 12 * CHUNK
-NUM_CHUNKS = 13  # and people's rankings
+NUM_PROMPTS = 8 * CHUNK
+NUM_CHUNKS = 9  # and people's rankings
 BOUND = 0.5000001
 
 
@@ -34,7 +34,7 @@ def arguments(tiny_run, tmp_path_factory) -> list[str]:
     pq.write_table(pa.Table.from_pylist([rows[i % len(rows)] for i in range(NUM_PROMPTS)]), prompts)
     return [
         "label", "labeler=reward-model", f"model={source / 'sft/model'}", f"prompts={prompts}",
-        f"reward_model={source / 'reward_model/model'}", "num_responses=3", f"set_aside_below={BOUND}",
+        f"reward_model={source / 'reward_model/model'}", "num_responses=2", f"set_aside_below={BOUND}",
         f"heldout_rankings={source / 'label/heldout_labelers.parquet'}", "best.top_fraction=0.5",
         "rollout.cpus_per_actor=0.5", "reward.cpus_per_actor=0.5", "rollout.max_new_tokens=12",
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def test_scores_are_those_of_plain_transformers(labels, tiny_run):
             assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
             with torch.no_grad():
                 hidden = model.model(input_ids=torch.tensor([prompt + ids])).last_hidden_state[0, -1]
-            raw = float(model.score(hidden))
+                raw = float(model.score(hidden))
             assert score == pytest.approx((raw - model.config.reward_mean) / model.config.reward_std, abs=1e-4)
 
 
