@@ -175,14 +175,18 @@ def test_an_ensemble_trains_and_its_folder_and_report_agree(tiny_run, tmp_path):
     assert "Reward model: " in (tmp_path / "rm/report.html").read_text()
     assert 'id="reward-model"' in (source / "report.html").read_text()  # that of the pipeline shows its own
 
-    # Plain transformers gives the very scores whose moments the folder holds.
+    # Plain transformers gives the very scores whose moments the folder holds. (Its pooling would pass over a response's
+    # last token where that is the padding token, as one that was cut off may have.)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm/model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm/model")
     data = read_rankings(source / "label/heldout_rankings.parquet", tokenizer, max_length=512)
     with torch.no_grad():
-        scores = torch.cat(
-            [classifier(input_ids=torch.tensor(s)[None]).logits for r in data.rankings for s in r.sequences]
-        )
+        hidden = [
+            classifier.model(input_ids=torch.tensor(s)[None]).last_hidden_state[:, -1]
+            for r in data.rankings
+            for s in r.sequences
+        ]
+        scores = classifier.score(torch.cat(hidden))
     np.testing.assert_allclose(classifier.config.reward_mean, scores.mean(0), atol=1e-5)
     np.testing.assert_allclose(classifier.config.reward_std, scores.std(0, correction=0), atol=1e-5)
 
