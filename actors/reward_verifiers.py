@@ -21,7 +21,7 @@ def check_verifier(source: VerifierSource) -> None:
         try:
             import math_verify  # noqa: F401
         except ImportError as error:
-            raise InputError(f"verifier=math: {error}; pip install 'math-verify[antlr4_13_2]'") from None
+            raise InputError(f"verifier=math: {error}; pip install 'math-verify[antlr4-13-2]'") from None
 
 
 class Verifier:
