@@ -56,10 +56,15 @@ def ray_session(
     folder = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp"))
     before = set(psutil.Process().children(recursive=True))
     cluster = _Starting(folder, log_to_driver=verbose, logging_level=level)
+
+    def started() -> None:
+        cluster.wait()
+        _put_back(handlers)  # Ray replaces the one of SIGTERM
+
     try:
         if wait:
-            cluster.wait()
-        yield cluster.wait
+            started()
+        yield started
     finally:
         _ignore_signals()  # nothing interrupts the clean-up half way
         with suppress(BaseException):  # raised to whoever waited for it
