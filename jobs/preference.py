@@ -40,7 +40,7 @@ def run(loaded: Loaded[PreferenceConfig], console: Console, *, verbose: bool = F
     with job:
         tokenizer = load_tokenizer(config.model)
         check_chat_template(tokenizer, config.model)
-        task = prepare(job, config)
+        task = prepare(job, config, tokenizer)
         first = task.train[0]
         shown = first.sequences[first.pairs[0][0] if first.pairs else 0]
         print_preamble(
@@ -54,9 +54,8 @@ def run(loaded: Loaded[PreferenceConfig], console: Console, *, verbose: bool = F
     return job
 
 
-def prepare(job: Run, config: PreferenceConfig) -> PreferenceTask:
+def prepare(job: Run, config: PreferenceConfig, tokenizer: Any) -> PreferenceTask:
     """Read and encode the preferences, and choose what is compared."""
-    tokenizer = load_tokenizer(config.model)
     rows, heldout = (choose(items, config) for items in read_data(job, config, tokenizer))
     if len(rows) < config.batch_size or not heldout:
         what = "prompts with a pair" if KINDS[config.kind].paired else "judged responses"

@@ -15,7 +15,7 @@ import numpy as np
 from rayllm.data.chat import encode_conversation, prompt_token_ids
 from rayllm.data.messages import Message, first_user_turn
 from rayllm.data.rows import Row, RowDropped, RowError
-from rayllm.data.sources import PROMPT_TRAINED, Origins, Paths, Reader, kept
+from rayllm.data.sources import Origins, Paths, Reader, kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,7 @@ class RankingData:
 
     def apart_from(self, train: RankingData) -> RankingData:
         """Without the rankings of prompts that stand in ``train``; they are counted as dropped."""
-        rows = self.origins.not_in(train.origins.prompts)
-        dropped = dict(self.dropped)
-        if len(rows) < len(self.rankings):
-            dropped[PROMPT_TRAINED] = len(self.rankings) - len(rows)
+        rows, dropped = self.origins.apart_from(train.origins, self.dropped)
         return RankingData(kept(self.rankings, rows), dropped, self.origins.of(rows))
 
     @property
@@ -103,10 +100,7 @@ class FeedbackData:
 
     def apart_from(self, train: FeedbackData) -> FeedbackData:
         """Without the responses to prompts that stand in ``train``; they are counted as dropped."""
-        rows = self.origins.not_in(train.origins.prompts)
-        dropped = dict(self.dropped)
-        if len(rows) < len(self.examples):
-            dropped["of a prompt to train on"] = len(self.examples) - len(rows)
+        rows, dropped = self.origins.apart_from(train.origins, self.dropped)
         return FeedbackData(kept(self.examples, rows), dropped, self.origins.of(rows))
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -69,10 +69,12 @@ class Origins:
         """Of these rows alone."""
         return Origins(self.weights, kept(self.sources, rows), kept(self.prompts, rows), self.facts)
 
-    def not_in(self, prompts: Collection[str]) -> list[int]:
-        """Rows whose prompt is none of ``prompts``."""
-        known = set(prompts)
-        return [row for row, prompt in enumerate(self.prompts) if prompt not in known]
+    def apart_from(self, train: Origins, dropped: Mapping[str, int]) -> tuple[list[int], dict[str, int]]:
+        """Rows of prompts that do not stand in ``train``, and ``dropped`` with the others counted."""
+        known = set(train.prompts)
+        rows = [row for row, prompt in enumerate(self.prompts) if prompt not in known]
+        gone = len(self.prompts) - len(rows)
+        return rows, {**dropped, PROMPT_TRAINED: gone} if gone else dict(dropped)
 
 
 def is_held_out(prompt: str, fraction: float) -> bool:
