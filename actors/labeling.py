@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -168,6 +168,8 @@ class Stage:
     """Chunks that an actor works on at the same time."""
 
     arguments: dict[str, Any]
+    selector: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes that the actors go to."""
 
     def over(self, dataset: Dataset) -> Dataset:
         restarts: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
@@ -185,6 +187,7 @@ class Stage:
             num_cpus=self.role.cpus,
             num_gpus=self.role.gpus,
             runtime_env={"env_vars": worker_env(self.role.gpus)},
+            **({"label_selector": self.selector} if self.selector else {}),
             **restarts,
         )
 
