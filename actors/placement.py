@@ -80,7 +80,10 @@ class Share:
 
 
 class Placement:
-    """Resources that are held for roles, until `close` or the end of this process."""
+    """Resources that are held for roles, until `close` or the end of this process.
+
+    As a context it closes unless an error ended it: Ray itself may be what is gone, and then its calls hang.
+    """
 
     def __init__(self, shares: Sequence[Share], groups: Sequence[PlacementGroup]) -> None:
         self._shares, self._groups = shares, groups
@@ -113,7 +116,8 @@ class Placement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
 
 
 def reserve(roles: Sequence[Role], config: PlacementConfig, say: Callable[[str], Any]) -> Placement:
@@ -131,22 +135,19 @@ def reserve(roles: Sequence[Role], config: PlacementConfig, say: Callable[[str],
     if lacks and not config.wait_s:
         raise InputError(f"placement: {lacks}; ask for less, or set placement.wait_s where nodes may come")
     told, groups = None, [share.ask() for share in shares]
-    try:
-        while not _all_there(groups):
-            lacks = _lacks(shares)
-            if lacks and time.monotonic() > deadline:
-                raise InputError(f"placement: {lacks}; no nodes came within placement.wait_s={config.wait_s:g}")
-            waits_for = f"nodes: {lacks}" if lacks else f"other jobs to end: {_busy(shares)}"
-            if waits_for != told:
-                say(f"waiting for {waits_for}")
-                told = waits_for
-            if not lacks:  # two jobs that hold a half each would wait for each other for ever
-                give_back(groups)
-                time.sleep(random.uniform(0, LOOK_S))
-                groups = [share.ask() for share in shares]
-    except BaseException:
-        give_back(groups)
-        raise
+    while not _all_there(groups):
+        lacks = _lacks(shares)
+        if lacks and time.monotonic() > deadline:
+            give_back(groups)
+            raise InputError(f"placement: {lacks}; no nodes came within placement.wait_s={config.wait_s:g}")
+        waits_for = f"nodes: {lacks}" if lacks else f"other jobs to end: {_busy(shares)}"
+        if waits_for != told:
+            say(f"waiting for {waits_for}")
+            told = waits_for
+        if not lacks:  # two jobs that hold a half each would wait for each other for ever
+            give_back(groups)
+            time.sleep(random.uniform(0, LOOK_S))
+            groups = [share.ask() for share in shares]
     return Placement(shares, groups)
 
 

@@ -204,6 +204,11 @@ class PPOConfig(DataJobConfig):
                     "move out between phases, which needs zero_stage 1 or 2; set one of these, or, with zero_stage=3, "
                     f"{role}.learner.offload_optimizer=true, which keeps them out for good"
                 )
+        if self.rollout.weight_transfer == "broadcast":
+            raise ValueError(
+                "placement.mode=colocated with rollout.weight_transfer=broadcast: NCCL takes one process a GPU, and "
+                "policy and engine share it; set rollout.weight_transfer=ipc or memory"
+            )
         if self.rollout.engine.get("enable_sleep_mode", True) is not True:
             raise ValueError("rollout.engine.enable_sleep_mode=false with placement.mode=colocated: leave it out")
         return self
