@@ -32,6 +32,9 @@ LEARNERS = ("policy", "critic")
 UNITS = ("CPU", "GPU")
 LOOK_S = 2.0
 
+PATIENCE_S = 20.0
+"""Seconds, the first time, after which a job that has some of its groups and not all gives them back and asks anew."""
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -134,7 +137,7 @@ def reserve(roles: Sequence[Role], config: PlacementConfig, say: Callable[[str],
     lacks = _lacks(shares)
     if lacks and not config.wait_s:
         raise InputError(f"placement: {lacks}; ask for less, or set placement.wait_s where nodes may come")
-    told, groups = None, [share.ask() for share in shares]
+    told, groups, patience, asked = None, [share.ask() for share in shares], PATIENCE_S, time.monotonic()
     while not _all_there(groups):
         lacks = _lacks(shares)
         if lacks and time.monotonic() > deadline:
@@ -144,10 +147,13 @@ def reserve(roles: Sequence[Role], config: PlacementConfig, say: Callable[[str],
         if waits_for != told:
             say(f"waiting for {waits_for}")
             told = waits_for
-        if not lacks:  # two jobs that hold a half each would wait for each other for ever
+        if not lacks and time.monotonic() - asked > patience:
+            # Two jobs that hold a half each would wait for each other for ever.
             give_back(groups)
-            time.sleep(random.uniform(0, LOOK_S))
-            groups = [share.ask() for share in shares]
+            time.sleep(LOOK_S + random.uniform(0, LOOK_S))
+            if _nobody_else():
+                raise InputError(f"placement: {_busy(shares)}, but no way was found to place them node by node")
+            groups, patience, asked = [share.ask() for share in shares], 2 * patience, time.monotonic()
     return Placement(shares, groups)
 
 
@@ -155,10 +161,12 @@ def shares_of(roles: Sequence[Role], config: PlacementConfig) -> list[Share]:
     """The roles with those that they share with, and their types of nodes on this cluster."""
     labelled = any(LABEL in node["Labels"] for node in _nodes())
     found = {role.name: role for role in roles}
-    return [
+    shares = [
         Share(tuple(found[name] for name in names), config.node_type(names[0], labelled=labelled))
         for names in config.shares(list(found))
     ]
+    # Ray places one group after the other: those that need most of one node first.
+    return sorted(shares, key=lambda share: max((b.get("GPU", 0), b["CPU"]) for b in share.bundles()), reverse=True)
 
 
 def give_back(groups: Iterable[PlacementGroup]) -> None:
@@ -232,6 +240,12 @@ def _busy(shares: Sequence[Share]) -> str:
         for unit in UNITS
         if (need := _total(shares, unit))
     )
+
+
+def _nobody_else() -> bool:
+    """Whether all that there is is free."""
+    free = ray.available_resources()
+    return all(free.get(unit, 0) >= amount - 1e-6 for unit, amount in ray.cluster_resources().items() if unit in UNITS)
 
 
 def _total(shares: Sequence[Share], unit: str) -> float:

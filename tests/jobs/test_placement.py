@@ -94,6 +94,16 @@ def too_small() -> None:
     assert "no nodes came within placement.wait_s=1" in refused(PlacementConfig(wait_s=1), Role("rollout", 1, 3, 0))
 
 
+def node_by_node() -> None:
+    """Four GPUs are free, on two nodes: the pair goes to one of them, wherever the others are asked for before."""
+    config = PlacementConfig(node_types={"reference": "any", "rollout": "any", "policy": "any"})
+    found = start(config, Role("reference", 2, 0.1, 1), Role("rollout", 1, 0.1, 2))
+    assert found["rollout"][0][0] != found["reference"][0][0] == found["reference"][1][0]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="6 CPU, 8 of 8 are free, but no way"):
+        patch.setattr("actors.placement.PATIENCE_S", 1.0)
+        reserve([Role("policy", 2, 3, 0)], config, print)
+
+
 def two_jobs() -> None:
     role, told, second = Role("rollout", 2, 1, 0), [], []
     first = reserve([role], PlacementConfig(), print)
@@ -119,7 +129,7 @@ def driver(nodes: Nodes, name: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("name", [roles_with_gpus.__name__, too_small.__name__, two_jobs.__name__])
+@pytest.mark.parametrize("name", [f.__name__ for f in (roles_with_gpus, too_small, node_by_node, two_jobs)])
 def test_on_four_nodes(nodes, name):
     process = driver(nodes, name)
     output, _ = process.communicate(timeout=120)
