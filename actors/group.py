@@ -32,7 +32,8 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class Seats:
-    """Where the actors of a role go: into bundles of a placement group that is held for them."""
+    """Where the actors of a role go: into bundles of a placement group that is held for them, whether they live or not.
+    """
 
     group: PlacementGroup
     bundles: tuple[int, ...]

@@ -172,7 +172,9 @@ class Stage:
     """Labels of the nodes that the actors go to."""
 
     def over(self, dataset: Dataset) -> Dataset:
-        restarts: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+        options: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+        if self.selector:
+            options["label_selector"] = self.selector
         return dataset.map_batches(
             self.cls,
             fn_constructor_kwargs=self.arguments,
@@ -187,8 +189,7 @@ class Stage:
             num_cpus=self.role.cpus,
             num_gpus=self.role.gpus,
             runtime_env={"env_vars": worker_env(self.role.gpus)},
-            **({"label_selector": self.selector} if self.selector else {}),
-            **restarts,
+            **options,
         )
 
 

@@ -79,7 +79,7 @@ class Share:
         near = len(self.roles) > 1 or self.roles[0].name in LEARNERS
         bundles, selector = self.bundles(), self.selector()
         selectors = [selector] * len(bundles) if selector else None
-        return placement_group(bundles, "PACK" if near else "SPREAD", bundle_label_selector=selectors)  # type: ignore[arg-type]
+        return placement_group(bundles, "PACK" if near else "SPREAD", bundle_label_selector=selectors)
 
 
 class Placement:

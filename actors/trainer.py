@@ -93,7 +93,7 @@ def fit(
             num_workers=workers.num_workers,
             use_gpu=workers.gpus_per_worker > 0,
             resources_per_worker=_resources(task.config),
-            label_selector=selector or None,
+            label_selector=selector or None,  # type: ignore[call-arg]  # the stub is that of Train V1
         ),
         run_config=RunConfig(
             name="checkpoints",

