@@ -137,16 +137,16 @@ def reserve(roles: Sequence[Role], config: PlacementConfig, say: Callable[[str],
     lacks = _lacks(shares)
     if lacks and not config.wait_s:
         raise InputError(f"placement: {lacks}; ask for less, or set placement.wait_s where nodes may come")
-    told, groups, patience, asked = None, [share.ask() for share in shares], PATIENCE_S, time.monotonic()
+    told = ""
+    groups, patience, asked = [share.ask() for share in shares], PATIENCE_S, time.monotonic()
     while not _all_there(groups):
         lacks = _lacks(shares)
         if lacks and time.monotonic() > deadline:
             give_back(groups)
             raise InputError(f"placement: {lacks}; no nodes came within placement.wait_s={config.wait_s:g}")
-        waits_for = f"nodes: {lacks}" if lacks else f"other jobs to end: {_busy(shares)}"
-        if waits_for != told:
-            say(f"waiting for {waits_for}")
-            told = waits_for
+        if told != (lacks or "busy"):  # what is free changes all the time
+            say(f"waiting for nodes: {lacks}" if lacks else f"waiting for other jobs to end: {_busy(shares)}")
+            told = lacks or "busy"
         if not lacks and time.monotonic() - asked > patience:
             # Two jobs that hold a half each would wait for each other for ever.
             give_back(groups)
