@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.environment import worker_env
+from rayllm.startup import without_garbage_collection
 
 ActorT = TypeVar("ActorT")
 
@@ -68,7 +69,7 @@ class ActorGroup(Generic[ActorT]):
             seats: what is held for them; None: wherever there is room.
         """
         self.role, self._arguments, self._seats = role, arguments, seats
-        methods = {"each": _each, "whereabouts": _whereabouts}
+        methods = {"__init__": _constructor(cls), "each": _each, "whereabouts": _whereabouts}
         self._remote_cls: Any = ray.remote(type(cls.__name__, (cls,), methods))
         self._options: dict[str, Any] = {
             "num_cpus": role.cpus,
@@ -140,6 +141,14 @@ class ActorGroup(Generic[ActorT]):
 def _whereabouts(self: Any) -> tuple[str, list[str]]:
     """What `ActorGroup.whereabouts` asks an actor for."""
     return ray.get_runtime_context().get_node_id(), [str(gpu) for gpu in ray.get_gpu_ids()]
+
+
+def _constructor(cls: type) -> Callable[..., None]:
+    def construct(self: Any, **arguments: Any) -> None:
+        with without_garbage_collection():
+            cls.__init__(self, **arguments)  # type: ignore[misc]
+
+    return construct
 
 
 def _each(self: Any, method: str, width: int, *cells: Any, **kwargs: Any) -> Any:
