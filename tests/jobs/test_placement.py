@@ -177,15 +177,16 @@ def test_ppo_places_every_role_on_its_node_type_and_one_section_moves_it(nodes, 
     )
     found: dict[str, dict[str, tuple[str, str]]] = {}
     models: list[str] = []
-    for mode in ("split", "pairs", "colocated", "colocated"):
+    for mode in ("split", "pairs", "colocated"):
+        if mode == "colocated":  # the first run, interrupted and moved
+            shutil.copytree(tmp_path / "split", tmp_path / mode)
+            undo_the_last_step(tmp_path / mode)
         arguments = ["ppo", "--config", tmp_path / "ppo.yaml", *SMALL, f"run_dir={tmp_path / mode}"]
         done = rayllm(*arguments, f"placement.mode={mode}", env=nodes.env)
         assert done.returncode == 0, done.stdout
-        assert "where each actor runs" in done.stdout and ("resumes in" in done.stdout) == (mode in found)
+        assert "where each actor runs" in done.stdout and ("resumes in" in done.stdout) == (mode == "colocated")
         found[mode] = placed(tmp_path / mode)
         models.append(model_id(tmp_path / mode))
-        if len(models) == 3:
-            undo_the_last_step(tmp_path / mode)
     types = {mode: {role: node_type for role, (node_type, _) in rows.items()} for mode, rows in found.items()}
     assert types["split"] == {
         "policy": "learner", "critic": "learner", "reference": "scorer", "reward": "scorer", "rollout": "rollout"
@@ -193,4 +194,4 @@ def test_ppo_places_every_role_on_its_node_type_and_one_section_moves_it(nodes, 
     assert types["pairs"] == {**dict.fromkeys(PPO, "learner"), "rollout": "rollout"}
     assert set(types["colocated"].values()) == {"learner"}
     assert len({node for _, node in found["split"].values()}) == 3
-    assert len(set(models)) == 1  # where it runs, and whether it was interrupted, changes nothing that it learns
+    assert len(set(models)) == 1  # where it runs changes nothing that it learns
