@@ -32,6 +32,7 @@ class CriticActor(LearnerActor):
         seed = None if is_sequence_classifier(start) else self.config.seed
         model = ScalarModel.from_folder(start, seed=seed, num_heads=1)
         self.engine = Engine(model, self.role.optimizer, self.role.learner)
+        self.rest()
 
     def values(self, shard: Experience) -> torch.Tensor:
         """(B, T) value before each token."""
@@ -44,12 +45,13 @@ class CriticActor(LearnerActor):
             step_experience.values, step_experience.returns, step_experience.action_mask
         )
         stats = []
-        for batch in self.minibatches(experience, step):
-            tokens = self.global_tokens(batch)
-            if not tokens:  # all its responses were dropped, on every rank
-                continue
-            loss = partial(self._loss, tokens=tokens)
-            stats.append(self.engine.update(batch, loss, learning_rate=self.learning_rate(step)))
+        with self.turn():
+            for batch in self.minibatches(experience, step):
+                tokens = self.global_tokens(batch)
+                if not tokens:  # all its responses were dropped, on every rank
+                    continue
+                loss = partial(self._loss, tokens=tokens)
+                stats.append(self.engine.update(batch, loss, learning_rate=self.learning_rate(step)))
         return {
             **self.update_metrics("loss/value", "critic", stats),
             "value/explained_variance": float(variance),

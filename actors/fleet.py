@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.group import ActorGroup, Role, collect
+from actors.group import ActorGroup, Role, Seats, collect
 from actors.rollout import RolloutActor
 from actors.vllm_engine import default_engine_args
 from rayllm.config.environment import EnvironmentConfig
@@ -61,11 +61,16 @@ def rollout_arguments(config: RolloutConfig, model: Path, *, seed: int) -> dict[
 
 
 def start_rollout_actors(
-    config: RolloutConfig, model: Path, *, seed: int, environment: EnvironmentConfig = EnvironmentConfig()
+    config: RolloutConfig,
+    model: Path,
+    *,
+    seed: int,
+    environment: EnvironmentConfig = EnvironmentConfig(),
+    seats: Seats | None = None,
 ) -> ActorGroup[RolloutActor]:
     """Start the engines on a model folder."""
     arguments = rollout_arguments(config, model, seed=seed) | {"environment": environment}
-    return ActorGroup(rollout_role(config), RolloutActor, lambda rank: arguments)
+    return ActorGroup(rollout_role(config), RolloutActor, lambda rank: arguments, seats)
 
 
 def probe_tokens(vocab_size: int, max_positions: int) -> list[int]:

@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.environment import worker_env
 from rayllm.startup import without_garbage_collection
@@ -29,26 +31,62 @@ class Role:
     gpus: float
 
 
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """Where the actors of a role go: into bundles of a placement group that is held for them, whether they live or not.
+    """
+
+    group: PlacementGroup
+    bundles: tuple[int, ...]
+    """Of each rank."""
+
+    gpus: float
+    """Of each actor: a part of one where roles share it."""
+
+    selector: dict[str, str]
+    """Labels of the nodes. For actors beyond those that were planned, which get what is free there."""
+
+    def options(self, rank: int) -> dict[str, Any]:
+        """Of Ray, for one actor."""
+        if rank >= len(self.bundles):
+            return {"num_gpus": self.gpus, **({"label_selector": self.selector} if self.selector else {})}
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[rank])
+        return {"num_gpus": self.gpus, "scheduling_strategy": strategy}
+
+
 class ActorGroup(Generic[ActorT]):
     """``num_actors`` Ray actors of one class. Ranks are numbered from 0."""
 
-    def __init__(self, role: Role, cls: type[ActorT], arguments: Callable[[int], dict[str, Any]]) -> None:
+    def __init__(
+        self, role: Role, cls: type[ActorT], arguments: Callable[[int], dict[str, Any]], seats: Seats | None = None
+    ) -> None:
         """Start the actors; they come up in parallel.
 
         Args:
-            role: how many, where.
+            role: how many, and what each needs.
             cls: a plain class.
             arguments: rank -> the constructor's keyword arguments.
+            seats: what is held for them; None: wherever there is room.
         """
-        self.role = role
-        remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"__init__": _constructor(cls), "each": _each}))
-        options = remote_cls.options(
-            num_cpus=role.cpus,
-            num_gpus=role.gpus,
-            max_concurrency=1000 if _is_async(cls) else 1,
-            runtime_env={"env_vars": worker_env(role.gpus)},
-        )
-        self._actors = [options.remote(**arguments(rank)) for rank in range(role.num_actors)]
+        self.role, self._arguments, self._seats = role, arguments, seats
+        methods = {"__init__": _constructor(cls), "each": _each, "whereabouts": _whereabouts}
+        self._remote_cls: Any = ray.remote(type(cls.__name__, (cls,), methods))
+        self._options: dict[str, Any] = {
+            "num_cpus": role.cpus,
+            "num_gpus": role.gpus,
+            "max_concurrency": 1000 if _is_async(cls) else 1,
+            "runtime_env": {"env_vars": worker_env(role.gpus)},
+        }
+        self._actors = [self._start(rank) for rank in range(role.num_actors)]
+
+    def _start(self, rank: int) -> Any:
+        """The actor of a rank."""
+        seat = {} if self._seats is None else self._seats.options(rank)
+        return self._remote_cls.options(**{**self._options, **seat}).remote(**self._arguments(rank))
+
+    def whereabouts(self) -> list[tuple[str, list[str]]]:
+        """Of every rank: Ray's id of its node, and of the GPUs that it has there."""
+        return collect([actor.whereabouts.remote() for actor in self._actors], self.role.name)
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -98,6 +136,11 @@ class ActorGroup(Generic[ActorT]):
         """End the processes."""
         for actor in self._actors:
             ray.kill(actor)
+
+
+def _whereabouts(self: Any) -> tuple[str, list[str]]:
+    """What `ActorGroup.whereabouts` asks an actor for."""
+    return ray.get_runtime_context().get_node_id(), [str(gpu) for gpu in ray.get_gpu_ids()]
 
 
 def _constructor(cls: type) -> Callable[..., None]:

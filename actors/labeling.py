@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -168,9 +168,13 @@ class Stage:
     """Chunks that an actor works on at the same time."""
 
     arguments: dict[str, Any]
+    selector: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes that the actors go to."""
 
     def over(self, dataset: Dataset) -> Dataset:
-        restarts: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+        options: dict[str, Any] = {"max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+        if self.selector:
+            options["label_selector"] = self.selector
         return dataset.map_batches(
             self.cls,
             fn_constructor_kwargs=self.arguments,
@@ -185,7 +189,7 @@ class Stage:
             num_cpus=self.role.cpus,
             num_gpus=self.role.gpus,
             runtime_env={"env_vars": worker_env(self.role.gpus)},
-            **restarts,
+            **options,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +121,26 @@ class LearnerActor:
         means = {name: float(t / max(float(n), 1e-12)) for name, (t, n) in zip(sums, totals, strict=True)}
         return means
 
+    def rest(self) -> None:
+        """Colocated: optimizer states move to the memory of the host, until the next `turn`."""
+        if self.config.placement.mode == "colocated":
+            self.engine.offload_states()
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """In which optimizer states are where the model is."""
+        self.engine.reload_states()
+        yield
+        self.rest()
+
     def save(self, folder: str, state: dict[str, Any]) -> None:
         """This rank's part of a checkpoint."""
         self.engine.save(Path(folder), state)
 
     def load(self, folder: str) -> dict[str, Any]:
         """Continue from a checkpoint; returns its state."""
-        return self.engine.load(Path(folder))
+        with self.turn():
+            return self.engine.load(Path(folder))
 
 
 def _lengths(experience: Experience) -> list[int]:

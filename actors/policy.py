@@ -67,7 +67,9 @@ class PolicyActor(LearnerActor):
         model = load_causal_lm(self.config.model)
         loaded = time.perf_counter()
         self.engine = Engine(model, self.role.optimizer, self.role.learner)
-        return joined - began + time.perf_counter() - loaded
+        seconds = joined - began + time.perf_counter() - loaded
+        self.rest()
+        return seconds
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats under the weights before this step's update, at the sampling temperature."""
@@ -164,7 +166,8 @@ class PolicyActor(LearnerActor):
             if experience.logprobs is None:
                 experience = experience.replace(logprobs=self.logprobs(experience))
             return self._rollout_metrics(experience, step)
-        metrics, experience = self._optimize(experience, step, kl_coef)
+        with self.turn():
+            metrics, experience = self._optimize(experience, step, kl_coef)
         return self._rollout_metrics(experience, step) | metrics
 
     def _optimize(

@@ -326,6 +326,16 @@ class RolloutActor:
                 f"policy {policy[:4].round(3).tolist()} ..., engine {served[:4].round(3).tolist()} ..."
             )
 
+    async def sleep(self, *, keep_weights: bool = False) -> None:
+        """Leave the GPU's memory to others, once the last `sync` is proved; the next one wakes the engine. What is
+        asked for meanwhile is refused. ``keep_weights``, and errors: `VllmEngine.sleep`."""
+        await self.proved()
+        await self._engine.sleep(keep_weights=keep_weights)
+
+    async def wake(self) -> None:
+        """Serve again without new weights, where the old ones were kept."""
+        await self._engine.wake()
+
     async def load(self, model_dir: str, *, version: int = 0) -> int:
         """Replace the weights by those of a model folder of the same shape; returns ``version``."""
         return await self._engine.update(

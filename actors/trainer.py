@@ -63,13 +63,16 @@ class TrainTask(Protocol):
         """Write the model folder (rank 0)."""
 
 
-def fit(task: TrainTask, run_dir: Path, on_event: Callable[[StepEvent], None]) -> None:
+def fit(
+    task: TrainTask, run_dir: Path, on_event: Callable[[StepEvent], None], *, selector: dict[str, str] | None = None
+) -> None:
     """Train ``task`` on Ray Train workers until it is done, resuming from ``run_dir/checkpoints``.
 
     Args:
         task: see `TrainTask`.
         run_dir: storage shared by driver and workers.
         on_event: called in the driver for every logged step.
+        selector: labels of the nodes that the workers go to.
 
     Raises:
         RuntimeError: the workers failed more than ``workers.max_failures`` times; the cause is in the text.
@@ -90,6 +93,7 @@ def fit(task: TrainTask, run_dir: Path, on_event: Callable[[StepEvent], None]) -
             num_workers=workers.num_workers,
             use_gpu=workers.gpus_per_worker > 0,
             resources_per_worker=_resources(task.config),
+            label_selector=selector or None,  # type: ignore[call-arg]  # the stub is that of Train V1
         ),
         run_config=RunConfig(
             name="checkpoints",

@@ -110,13 +110,26 @@ class AsyncEngine(VllmEngine):
     async def _change(self, method: str, message: bytes, *, version: int, keep_cache: bool) -> None:
         """Let every worker run the method of `WorkerExtension` between two steps."""
         try:
-            await self._llm.pause_generation(mode="keep", clear_cache=not keep_cache)
+            if self.asleep:  # paused, its cache dropped
+                await self._llm.wake_up(["weights"])
+            else:
+                await self._llm.pause_generation(mode="keep", clear_cache=not keep_cache)
             await self._llm.collective_rpc(method, args=(message,))
             self.version = version
             await self._llm.update_weight_version(str(version))
-            await self._llm.resume_generation()
+            if self.asleep:
+                await self._llm.wake_up(["kv_cache"])
+                self.asleep = self._empty = False
+            else:
+                await self._llm.resume_generation()
         except Exception as error:  # the workers may have loaded a part
             raise _end_process(error) from error
+
+    async def _sleep(self, level: int) -> None:
+        await self._llm.sleep(level)
+
+    async def _wake(self) -> None:
+        await self._llm.wake_up()
 
     async def shutdown(self) -> None:
         self._llm.shutdown()

@@ -130,6 +130,9 @@ class VllmEngine(ABC):
         self.max_model_len: int = config.model_config.max_model_len
         self.vocab_size: int = config.model_config.get_vocab_size()
         self.version = 0
+        self.asleep = False
+        self._empty = False  # asleep without weights
+        self._num_calls = 0
         self._shapes = safetensors_shapes(model_dir)
         self._optional = {TIED_HEAD} if config.model_config.hf_text_config.tie_word_embeddings else set()
         self._sampling_params = SamplingParams
@@ -156,7 +159,7 @@ class VllmEngine(ABC):
             )
             for request in requests
         ]
-        return await self._ask([request.token_ids for request in requests], params, _sampled)
+        return await self._answer([request.token_ids for request in requests], params, _sampled)
 
     async def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Nats of every token after the first, given those before it, at temperature 1; nothing out of the cache.
@@ -167,10 +170,49 @@ class VllmEngine(ABC):
         params = self._sampling_params(
             temperature=0.0, max_tokens=1, prompt_logprobs=0, **{**self._sampling, "logprobs": None}
         )
-        ((num_cached, logprobs),) = await self._ask([token_ids], [params], _prompt_logprobs)
+        ((num_cached, logprobs),) = await self._answer([token_ids], [params], _prompt_logprobs)
         if num_cached:
             raise RuntimeError(f"{num_cached} of {len(token_ids)} tokens of the probe came out of the prefix cache")
         return logprobs
+
+    async def _answer(
+        self, prompts: list[Sequence[int]], params: list[Any], read: Callable[[Any], ResultT]
+    ) -> list[ResultT]:
+        if self.asleep:
+            raise RuntimeError("the rollout engine sleeps; new weights, or `wake`, come before new work")
+        self._num_calls += 1
+        try:
+            return await self._ask(prompts, params, read)
+        finally:
+            self._num_calls -= 1
+
+    async def sleep(self, *, keep_weights: bool = False) -> None:
+        """Leave the GPU's memory to others, until new weights come or `wake` is called. On CPU vLLM frees nothing; the
+        engine stops to serve all the same.
+
+        Args:
+            keep_weights: in the memory of the host. Without them only new ones wake the engine.
+
+        Raises:
+            RuntimeError: calls are under way; vLLM would end their responses where they are.
+        """
+        if self._num_calls:
+            raise RuntimeError(f"the rollout engine cannot sleep: {self._num_calls} calls are under way")
+        if not self.asleep:
+            self.asleep, self._empty = True, not keep_weights
+            await self._sleep(1 if keep_weights else 2)
+
+    async def wake(self) -> None:
+        """Serve again, with the weights of before.
+
+        Raises:
+            RuntimeError: they were not kept.
+        """
+        if self._empty:
+            raise RuntimeError("the rollout engine sleeps without its weights: only new ones wake it")
+        if self.asleep:
+            await self._wake()
+            self.asleep = False
 
     def problem(self, token_ids: Sequence[int], *, max_new_tokens: int) -> str | None:
         """What keeps the engine from continuing these tokens, or None. vLLM would cut silently, or break."""
@@ -192,7 +234,7 @@ class VllmEngine(ABC):
         version: int,
         keep_cache: bool = False,
     ) -> int:
-        """Replace the weights between two steps; running requests go on under the new ones.
+        """Replace the weights between two steps; running requests go on under the new ones. A sleeping engine wakes.
 
         Args:
             named: checkpoint names and tensors, of any floating dtype.
@@ -239,7 +281,16 @@ class VllmEngine(ABC):
     async def _replace(
         self, named: Iterable[tuple[str, torch.Tensor]], *, version: int, keep_cache: bool
     ) -> None:
-        """Replace the weights, which fit, and set ``self.version``; no step sees them half replaced."""
+        """Replace the weights, which fit, and set ``self.version``; no step sees them half replaced. Of an engine that
+        sleeps, wake the weights before and the rest after."""
+
+    @abstractmethod
+    async def _sleep(self, level: int) -> None:
+        """As vLLM's own: level 1 keeps the weights in the memory of the host, 2 drops them."""
+
+    @abstractmethod
+    async def _wake(self) -> None:
+        """After level 1."""
 
     @abstractmethod
     async def shutdown(self) -> None:

@@ -98,6 +98,16 @@ class SteppedEngine(VllmEngine):
         await self._replace(self._group.receive(self._shapes, self._optional), version=version, keep_cache=keep_cache)
         return version
 
+    async def _sleep(self, level: int) -> None:
+        await self._between_steps(lambda: self._llm.sleep(level))
+
+    async def _wake(self) -> None:
+        await self._between_steps(lambda: self._llm.wake_up())
+
+    async def _between_steps(self, call: Callable[[], Any]) -> None:
+        future: Future = Future()
+        await self._submit(lambda: future.set_result(call()), future)
+
     async def shutdown(self) -> None:
         """Stop the thread and free the engine; open calls fail."""
         future: Future = Future()
@@ -168,11 +178,16 @@ class SteppedEngine(VllmEngine):
     def _apply(
         self, future: Future, named: Iterable[tuple[str, torch.Tensor]], version: int, keep_cache: bool
     ) -> None:
-        if not keep_cache:
+        if self.asleep:
+            self._llm.wake_up(["weights"])
+        elif not keep_cache:
             self._llm.reset_prefix_cache(reset_running_requests=True)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
         self._llm.apply_model(retie)
         self._llm.set_weight_version(str(version))
+        if self.asleep:
+            self._llm.wake_up(["kv_cache"])
+            self.asleep = self._empty = False
         self.version = version
         future.set_result(version)
 

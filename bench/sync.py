@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from actors.fleet import engine_dtype
+from actors.placement import reserve
 from actors.policy import PolicyActor
 from actors.rollout import RolloutActor
 from bench.figures import circumstances, console, spread, written
@@ -48,7 +49,8 @@ def measure(model: Path, overrides: list[str]) -> dict[str, Any]:
         config = load_config(PPOConfig, path, overrides).config
         ids = make_prompts(64, 2)
         with ray_session(None):
-            roles = Roles.start(config, PromptData([{}] * len(ids), ids, {}), ptx_tokens=work / "none")
+            placement = reserve(Roles.needs(config), config.placement, print)
+            roles = Roles.start(config, PromptData([{}] * len(ids), ids, {}), placement, ptx_tokens=work / "none")
             roles.wait()
             serve, prove = [], []
             for version in range(1, COLD + REPEATS + 1):

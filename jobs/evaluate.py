@@ -12,7 +12,7 @@ from rich.table import Table
 
 from actors.fleet import generate, rollout_role, start_rollout_actors
 from actors.group import ActorGroup, Role, collect
-from actors.placement import check_capacity, describe
+from actors.placement import Placement, reserve
 from actors.reference import ReferenceActor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
@@ -75,22 +75,20 @@ def run(loaded: Loaded[EvaluateConfig], console: Console, *, verbose: bool = Fal
         prompts = read_splits(job, config, tokenizer)
         with ray_session(job.logs_dir, verbose=verbose):
             roles = roles_of(config)
-            check_capacity(roles, config.placement.wait_s, console.print)
-            print_preamble(console, job, placement=describe(roles))
-            with Progress(console, "evaluate", len(config.models)) as progress:
-                progress.status("starting actors")
-                actors = start(config, roles)
-                answers, bits = {}, {}
-                for done, (name, path) in enumerate(config.models.items(), start=1):
-                    progress.status(f"{name} answers")
-                    rows = held_out_text(config.heldout_documents, tokenizer, max_bad_rows=config.max_bad_rows)
-                    bits[name] = actors.text.submit(ReferenceActor.bits_per_byte, str(path), rows)
-                    answers[name] = ask(actors, config, path, prompts, tokenizer)
-                    new = answers[name].get("new")
-                    progress.update(done, {f"{name}/gold": new.figures["gold"]} if new else {})
-                text = {name: collect(reference, "text")[0] for name, reference in bits.items()}
-            for group in (actors.rollout, actors.reward, actors.reference, actors.text):
-                group.stop()
+            with reserve(roles, config.placement, console.print) as placement:
+                print_preamble(console, job, placement=placement.describe())
+                with Progress(console, "evaluate", len(config.models)) as progress:
+                    progress.status("starting actors")
+                    actors = start(config, roles, placement)
+                    answers, bits = {}, {}
+                    for done, (name, path) in enumerate(config.models.items(), start=1):
+                        progress.status(f"{name} answers")
+                        rows = held_out_text(config.heldout_documents, tokenizer, max_bad_rows=config.max_bad_rows)
+                        bits[name] = actors.text.submit(ReferenceActor.bits_per_byte, str(path), rows)
+                        answers[name] = ask(actors, config, path, prompts, tokenizer)
+                        new = answers[name].get("new")
+                        progress.update(done, {f"{name}/gold": new.figures["gold"]} if new else {})
+                    text = {name: collect(reference, "text")[0] for name, reference in bits.items()}
         evaluation = assemble(config, prompts, answers, text, tokenizer)
         write_json(config.run_dir / "evaluation.json", evaluation)
         last = list(config.models)[-1]
@@ -130,20 +128,26 @@ def roles_of(config: EvaluateConfig) -> list[Role]:
     return [rollout_role(config.rollout), *(Role(name, 1, share, 0) for name in ("reward", "reference", "text"))]
 
 
-def start(config: EvaluateConfig, roles: Sequence[Role]) -> Actors:
+def start(config: EvaluateConfig, roles: Sequence[Role], placement: Placement) -> Actors:
     """Engines on the first model, scorers on theirs."""
-    _, reward, reference, text = roles
+    rollout, reward, reference, text = roles
     first = next(iter(config.models.values()))
     lm = {"temperature": config.rollout.temperature, "micro_batch_size": 64}
     return Actors(
-        rollout=start_rollout_actors(config.rollout, first, seed=config.seed),
+        rollout=start_rollout_actors(config.rollout, first, seed=config.seed, seats=placement.seats(rollout)),
         reward=ActorGroup(
-            reward, RewardActor, lambda rank: {"model": str(config.reward_model), "micro_batch_size": 64}
+            reward,
+            RewardActor,
+            lambda rank: {"model": str(config.reward_model), "micro_batch_size": 64},
+            placement.seats(reward),
         ),
         reference=ActorGroup(
-            reference, ReferenceActor, lambda rank: {"model": str(config.models[config.reference]), **lm}
+            reference,
+            ReferenceActor,
+            lambda rank: {"model": str(config.models[config.reference]), **lm},
+            placement.seats(reference),
         ),
-        text=ActorGroup(text, ReferenceActor, lambda rank: {"model": str(first), **lm}),
+        text=ActorGroup(text, ReferenceActor, lambda rank: {"model": str(first), **lm}, placement.seats(text)),
     )
 
 

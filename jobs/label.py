@@ -7,7 +7,7 @@ command goes on after a kill. What the labeler makes of the parts is written at 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from actors.fleet import rollout_arguments, rollout_role
 from actors.group import Role
 from actors.labeling import AHEAD, Chunk, Sampler, Scorer, Stage, chunks_of, clear_parts, missing, read_part, run_stages
-from actors.placement import check_capacity, describe
+from actors.placement import reserve
 from jobs.judging import check_world_rows
 from jobs.label_model import check_same_tokens, given_answers, print_agreement, write_labels
 from jobs.session import ray_session
@@ -66,9 +66,10 @@ def run(loaded: Loaded[LabelConfig], console: Console, *, verbose: bool = False)
         stages = stages_of(config, data, parts)
         roles = [stage.role for stage in stages]
         with ray_session(job.logs_dir, verbose=verbose):
-            check_capacity(roles, config.placement.wait_s, console.print)
-            print_preamble(console, job, placement=describe(roles))
-            make_parts(config, data, parts, stages, console)
+            with reserve(roles, config.placement, console.print) as held:
+                print_preamble(console, job, placement=held.describe())
+                stages = [replace(stage, selector=held.seats(stage.role).selector) for stage in stages]
+            make_parts(config, data, parts, stages, console)  # Ray Data starts actors where it finds room
         if config.labeler == "gold":
             metrics = write_gold_labels(config, data, parts)
         else:

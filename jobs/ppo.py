@@ -16,7 +16,7 @@ import psutil
 import ray
 from rich.console import Console
 
-from actors.placement import check_capacity, describe
+from actors.placement import reserve, where
 from actors.policy import PolicyActor
 from jobs.judging import check_world_rows
 from jobs.ppo_batches import Batches
@@ -36,7 +36,7 @@ from rayllm.errors import InputError
 from rayllm.models.loading import check_model_dir, count_stored_parameters, load_tokenizer, max_positions
 from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
-from rayllm.report.terminal import Progress, print_done, print_preamble
+from rayllm.report.terminal import Progress, print_done, print_preamble, print_where
 
 
 def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig, watch: Watch) -> None:
@@ -59,6 +59,7 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
                 )
                 wait(experience)
             with watch.timed("time/update"):
+                roles.sleep_engines()
                 metrics = roles.update(experience, step=step, kl_coef=controls.kl_coef)
             check_mismatch(metrics, roles.logprob_tolerance)
             with watch.timed("time/sync"):
@@ -128,18 +129,20 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
             trained, needs = trained_parameters(config), Roles.needs(config)
             ray_started()
             ray_up = seconds_since_start()
-            check_capacity(needs, config.placement.wait_s, console.print)
-            roles = Roles.start(config, prompts, ptx_tokens=job.dir / "ptx.npy")
-            print_preamble(console, job, placement=describe(needs), trained=trained)
-            with Progress(console, "ppo", config.num_steps) as progress:
-                progress.status(f"starting {', '.join(role.name for role in needs)}")
-                started = {"imports": imported, "ray": ray_up - imported, **roles.wait(), "all": seconds_since_start()}
-                console.print(startup_line(started), highlight=False)
-                batches, controls = Batches(roles, prompts, config), Controls(config)
-                watch = Watch(job, config, roles, batches, controls, progress, held_out, tokenizer)
-                watch.resume({f"startup/{name}": value for name, value in started.items()})
-                train(roles, batches, controls, config, watch)
-            roles.export(job)
+            with reserve(needs, config.placement, console.print) as placement:
+                print_preamble(console, job, placement=placement.describe(), trained=trained)
+                with Progress(console, "ppo", config.num_steps) as progress:
+                    progress.status(f"starting {', '.join(role.name for role in needs)}")
+                    roles = Roles.start(config, prompts, placement, ptx_tokens=job.dir / "ptx.npy")
+                    ready = roles.wait()
+                    print_where(console, job, where(roles.groups))
+                    started = {"imports": imported, "ray": ray_up - imported, **ready, "all": seconds_since_start()}
+                    console.print(startup_line(started), highlight=False)
+                    batches, controls = Batches(roles, prompts, config), Controls(config)
+                    watch = Watch(job, config, roles, batches, controls, progress, held_out, tokenizer)
+                    watch.resume({f"startup/{name}": value for name, value in started.items()})
+                    train(roles, batches, controls, config, watch)
+                roles.export(job)
         job.finish(watch.last, model_parameters=count_stored_parameters(job.model_dir))
         print_done(console, job, {name: value for name, value in watch.last.items() if name in SHOWN})
     return job

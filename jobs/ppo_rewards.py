@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from actors.group import ActorGroup, Role, collect
+from actors.placement import Placement
 from actors.reward_child import load_reward_function
 from actors.reward_source import SourceActor
 from actors.reward_verifiers import check_verifier
@@ -36,14 +37,11 @@ class RewardGroups:
     @staticmethod
     def needs(config: PPOConfig) -> list[Role]:
         """Resources, a role each: `reward` for one source, `reward.NAME` where they are several."""
-        sources = config.reward.by_name.items()
-        return [
-            Role(_role_name(name, config.reward), s.num_actors, s.cpus_per_actor, s.gpus_per_actor)
-            for name, s in sources
-        ]
+        sources = {name: s for name, s in config.roles.items() if name.split(".")[0] == "reward"}
+        return [Role(name, s.num_actors, s.cpus_per_actor, s.gpus_per_actor) for name, s in sources.items()]
 
     @classmethod
-    def start(cls, config: PPOConfig, prompts: PromptData) -> RewardGroups:
+    def start(cls, config: PPOConfig, prompts: PromptData, placement: Placement) -> RewardGroups:
         """Start all actors; they come up in parallel."""
         shared = {
             "tokenizer": str(config.model),
@@ -53,7 +51,12 @@ class RewardGroups:
         groups: dict[str, ActorGroup[Any]] = {}
         for role, (name, source) in zip(cls.needs(config), config.reward.by_name.items(), strict=True):
             arguments = {"name": name, "source": source, **shared}
-            groups[name] = ActorGroup(role, SourceActor, lambda rank, arguments=arguments: arguments)  # type: ignore[misc]
+            groups[name] = ActorGroup(
+                role,
+                SourceActor,
+                lambda rank, arguments=arguments: arguments,  # type: ignore[misc]
+                placement.seats(role),
+            )
         return cls(config.reward, groups)
 
     def setup(self) -> dict[str, list[Any]]:
@@ -177,7 +180,3 @@ def check_rows(config: RewardConfig, prompts: PromptData, *, key: str) -> None:
                     f"{key}: row {index}: no {source.column!r}, which reward.sources.{name}.column names; the row has: "
                     f"{', '.join(row)}"
                 )
-
-
-def _role_name(name: str, config: RewardConfig) -> str:
-    return f"reward.{name}" if config.sources else "reward"

@@ -16,10 +16,10 @@ from actors.fleet import (
     engine_workers,
     logprob_tolerance,
     probe_tokens,
-    rollout_role,
     start_rollout_actors,
 )
 from actors.group import ActorGroup, Role, collect
+from actors.placement import Placement
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.rollout import RolloutActor, Sent
@@ -52,21 +52,25 @@ class Roles:
     @staticmethod
     def needs(config: PPOConfig) -> list[Role]:
         """Resources of every role of the run."""
-        names = ["policy"]
-        names += ["critic"] if needs_critic(config) else []
-        names += ["reference"] if needs_reference(config) else []
-        sections = {name: getattr(config, name) for name in names}
-        roles = [Role(name, s.num_actors, s.cpus_per_actor, s.gpus_per_actor) for name, s in sections.items()]
-        return [*roles, *RewardGroups.needs(config), rollout_role(config.rollout)]
+        return [Role(name, s.num_actors, s.cpus_per_actor, s.gpus_per_actor) for name, s in config.roles.items()]
 
     @classmethod
-    def start(cls, config: PPOConfig, prompts: PromptData, *, ptx_tokens: Path) -> Roles:
-        """Start all roles side by side; `wait` until they are ready."""
+    def start(cls, config: PPOConfig, prompts: PromptData, placement: Placement, *, ptx_tokens: Path) -> Roles:
+        """Start all roles side by side in what ``placement`` holds for them; `wait` until they are ready.
+
+        Engines that share their GPUs start alone: vLLM measures what is free. Then they sleep while the others start.
+        """
         needed = {role.name: role for role in cls.needs(config)}
         learner = {"config": config, "ptx_tokens": ptx_tokens.absolute() if config.ptx.documents else None}
         rollout = start_rollout_actors(
-            config.rollout, config.model, seed=config.seed, environment=config.environment
+            config.rollout.model_copy(update={"engine": config.engine}),
+            config.model,
+            seed=config.seed,
+            environment=config.environment,
+            seats=placement.seats(needed["rollout"]),
         )
+        if config.placement.mode == "colocated":
+            rollout.call(RolloutActor.sleep, keep_weights=True)
         roles = cls(
             config=config,
             rollout=rollout,
@@ -76,6 +80,7 @@ class Roles:
                 needed["policy"],
                 PolicyActor,
                 lambda rank: {"rank": rank, "world_size": config.policy.num_actors, **learner},
+                placement.seats(needed["policy"]),
             ),
             critic=None
             if "critic" not in needed
@@ -83,6 +88,7 @@ class Roles:
                 needed["critic"],
                 CriticActor,
                 lambda rank: {"rank": rank, "world_size": config.critic.num_actors, "config": config},
+                placement.seats(needed["critic"]),
             ),
             reference=None
             if "reference" not in needed
@@ -94,8 +100,9 @@ class Roles:
                     "temperature": config.rollout.temperature,
                     "micro_batch_size": config.reference.micro_batch_size,
                 },
+                placement.seats(needed["reference"]),
             ),
-            reward=RewardGroups.start(config, prompts),
+            reward=RewardGroups.start(config, prompts, placement),
         )
         roles.setups.update(roles.reward.setup())
         roles.setups["rollout"] = roles.rollout.submit(
@@ -117,6 +124,8 @@ class Roles:
             What the start took: role -> seconds until it was ready, and of these what vLLM and DeepSpeed took.
         """
         seconds = _seconds_until_done(self.setups)
+        if self.takes_turns:
+            self.rollout.call(RolloutActor.wake)
         infos = self.rollout.call(RolloutActor.info)
         self.rollout_nodes.update(info["node"] for info in infos)
         self._join_engines()
@@ -125,6 +134,17 @@ class Roles:
             "vllm_engine": infos[0]["init_seconds"],
             "deepspeed": collect(self.setups["policy"], "policy")[0],
         }
+
+    @property
+    def groups(self) -> list[ActorGroup[Any]]:
+        """All of them."""
+        learners = [self.policy, self.critic, self.reference]
+        return [*(group for group in learners if group is not None), *self.reward.groups.values(), self.rollout]
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether engines and learners have the same GPUs, one after the other."""
+        return self.config.placement.mode == "colocated"
 
     @property
     def logprob_tolerance(self) -> float:
@@ -174,9 +194,16 @@ class Roles:
             return []
         return list(zip(*self.reward.score(self.rollout.map(RolloutActor.greedy, shards, step=step)), strict=True))
 
+    def sleep_engines(self) -> None:
+        """Colocated: the engines leave their GPUs to the learners, until new weights wake them (`sync_weights`)."""
+        if self.takes_turns:
+            self.rollout.call(RolloutActor.sleep)
+
     def update(self, experience: list[Any], *, step: int, kl_coef: float) -> dict[str, float]:
-        """Policy and critic learn side by side; returns their metrics."""
+        """Policy and critic learn side by side, colocated one after the other; returns their metrics."""
         policy = self.policy.submit(PolicyActor.update, *experience, step=step, kl_coef=kl_coef)
+        if self.takes_turns:
+            collect(policy, "policy")
         critic = []
         if self.critic is not None:
             critic = self.critic.submit(CriticActor.update, *experience, step=step)
@@ -223,7 +250,8 @@ class Roles:
         collect(saves, "checkpoint")
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from a checkpoint; returns its state."""
+        """Continue from a checkpoint; returns its state. The engines then want its weights (`sync_weights`)."""
+        self.sleep_engines()
         loads = self.policy.submit(PolicyActor.load, str(folder / "policy"))
         others = [] if self.critic is None else self.critic.submit(CriticActor.load, str(folder / "critic"))
         if self.reference is not None and self.config.reference.update_every is not None:
@@ -238,15 +266,6 @@ class Roles:
         self.policy.call(PolicyActor.export, str(job.model_dir.absolute()))
         if self.critic is not None:
             self.critic.call(CriticActor.export, str((job.dir / "critic").absolute()))
-
-
-def needs_critic(config: PPOConfig) -> bool:
-    return config.algorithm.estimator.needs_critic
-
-
-def needs_reference(config: PPOConfig) -> bool:
-    """A model of its own: with LoRA the policy without its adapters is the reference."""
-    return config.algorithm.kl_coef > 0 and config.policy.learner.lora.rank is None
 
 
 def _seconds_until_done(calls: dict[str, list[Any]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from actors.group import ActorGroup, Role, collect
-from actors.placement import check_capacity, describe
+from actors.placement import reserve
 from actors.reward import RewardActor
 from jobs.session import ray_session
 from rayllm.config.base import Loaded
@@ -46,14 +46,13 @@ def run(loaded: Loaded[RewardReportConfig], console: Console, *, verbose: bool =
         sequences = [sequence for ranking in data.rankings for sequence in ranking.sequences]
         with ray_session(job.logs_dir, verbose=verbose):
             role = Role("reward", config.reward.num_actors, config.reward.cpus_per_actor, config.reward.gpus_per_actor)
-            check_capacity([role], config.placement.wait_s, console.print)
-            print_preamble(console, job, placement=describe([role]))
-            arguments = {"model": str(config.model), "micro_batch_size": config.reward.micro_batch_size}
-            actors = ActorGroup(role, RewardActor, lambda rank: arguments)
-            part = -(-len(sequences) // config.reward.num_actors)
-            parts = [sequences[i : i + part] for i in range(0, len(sequences), part)]
-            scores = torch.cat(collect(actors.map(RewardActor.raw_scores, parts), "reward"))
-            actors.stop()
+            with reserve([role], config.placement, console.print) as placement:
+                print_preamble(console, job, placement=placement.describe())
+                arguments = {"model": str(config.model), "micro_batch_size": config.reward.micro_batch_size}
+                actors = ActorGroup(role, RewardActor, lambda rank: arguments, placement.seats(role))
+                part = -(-len(sequences) // config.reward.num_actors)
+                parts = [sequences[i : i + part] for i in range(0, len(sequences), part)]
+                scores = torch.cat(collect(actors.map(RewardActor.raw_scores, parts), "reward"))
         report = reward_report(Scored(data.rankings, scores.double().numpy()), tokenizer)
         write_json(config.run_dir / REPORT, report)
         metrics = {name: report["accuracy"][name] for name in ("accuracy", "low", "high")}

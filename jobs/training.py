@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.console import Console
 
 from actors.group import Role
-from actors.placement import check_capacity
+from actors.placement import reserve
 from actors.progress import StepEvent
 from actors.trainer import TrainTask, fit
 from jobs.session import ray_session
@@ -32,10 +32,11 @@ def train(run: Run, task: TrainTask, console: Console, *, verbose: bool) -> None
     config = task.config.workers
     workers = Role("workers", config.num_workers, config.cpus_per_worker, config.gpus_per_worker)
     with ray_session(run.logs_dir, verbose=verbose):
-        check_capacity([workers], task.config.placement.wait_s, console.print)
+        with reserve([workers], task.config.placement, console.print) as held:
+            selector = held.seats(workers).selector
         with Progress(console, run.stage, task.num_steps) as progress:
             progress.status("starting workers")
-            fit(task, run.dir, on_event)
+            fit(task, run.dir, on_event, selector=selector)  # in a placement group of Ray Train's own
     run.finish(headline(final), model_parameters=count_stored_parameters(run.model_dir))
     print_done(console, run, headline(final))
 

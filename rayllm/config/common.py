@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayllm.config.base import Config
 
@@ -30,10 +32,49 @@ class DataJobConfig(JobConfig):
     anything starts."""
 
 
+USUAL_NODE_TYPES = {
+    "policy": "learner", "critic": "learner", "workers": "learner", "rollout": "rollout",
+    "reference": "scorer", "reward": "scorer", "text": "scorer",
+}  # fmt: skip
+"""Role -> the type of its nodes in our cluster files; `workers` are those of a training job, `text` reads held-out text
+in `evaluate`."""
+
+
 class PlacementConfig(Config):
     wait_s: float = Field(0, ge=0)
     """Seconds that the job waits for nodes when the cluster is too small: for one whose autoscaler brings them. 0
     fails at once, need against have."""
+
+    node_types: dict[str, str] = {}
+    """Role -> type of its nodes, which is the value of their Ray label `rayllm.role`; `any`: wherever there is room.
+    Where some node has that label, a role that is not named here goes to its usual type: policy, critic and workers to
+    `learner`, rollout to `rollout`, reference and reward to `scorer`. Where none has, it goes wherever there is
+    room."""
+
+    @field_validator("node_types")
+    @classmethod
+    def _names_roles(cls, types: dict[str, str]) -> dict[str, str]:
+        for role in types:
+            if role not in USUAL_NODE_TYPES:
+                near = difflib.get_close_matches(role, USUAL_NODE_TYPES, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"roles are {', '.join(USUAL_NODE_TYPES)}"
+                raise ValueError(f"{role!r} is no role; {hint}")
+        return types
+
+    def node_type(self, role: str, *, labelled: bool) -> str | None:
+        """The type of a role's nodes; None: any.
+
+        Args:
+            role: `reward.NAME` is one of several `reward`.
+            labelled: some node of the cluster has a type.
+        """
+        role = role.split(".")[0]
+        given = self.node_types.get(role, USUAL_NODE_TYPES[role] if labelled else "any")
+        return None if given == "any" else given
+
+    def shares(self, roles: Sequence[str]) -> list[list[str]]:
+        """The roles in sets that share their GPUs."""
+        return [[role] for role in roles]
 
 
 class OptimizerConfig(Config):

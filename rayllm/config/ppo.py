@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 
-from rayllm.config.common import CheckpointConfig, DataJobConfig, OptimizerConfig, PlacementConfig
+from rayllm.config.common import ActorsConfig, CheckpointConfig, DataJobConfig, LearnerConfig, OptimizerConfig
 from rayllm.config.data import DataPaths
 from rayllm.config.environment import EnvironmentConfig
+from rayllm.config.label import RolloutConfig
 from rayllm.config.reward import RewardConfig
 from rayllm.config.rl import (
     AlgorithmConfig,
     CriticConfig,
     EvalConfig,
     LearnerActorsConfig,
+    PPOPlacementConfig,
     PPORolloutConfig,
     PtxConfig,
     ReferenceConfig,
@@ -68,7 +71,7 @@ class PPOConfig(DataJobConfig):
     reference: ReferenceConfig = ReferenceConfig()
     reward: RewardConfig = RewardConfig()
     rollout: PPORolloutConfig = PPORolloutConfig()
-    placement: PlacementConfig = PlacementConfig()
+    placement: PPOPlacementConfig = PPOPlacementConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
 
@@ -82,6 +85,26 @@ class PPOConfig(DataJobConfig):
         """The reward models' folders, none in a run without."""
         given = self.reward_model
         return given if isinstance(given, tuple) else () if given is None else (given,)
+
+    @property
+    def roles(self) -> dict[str, ActorsConfig | RolloutConfig]:
+        """Role -> its section, of this run's roles; `reward.NAME` is one of several sources."""
+        found: dict[str, ActorsConfig | RolloutConfig] = {"policy": self.policy}
+        if self.algorithm.estimator.needs_critic:
+            found["critic"] = self.critic
+        if self.algorithm.kl_coef > 0 and self.policy.learner.lora.rank is None:  # else the policy without its adapters
+            found["reference"] = self.reference
+        several = bool(self.reward.sources)
+        found |= {f"reward.{name}" if several else "reward": s for name, s in self.reward.by_name.items()}
+        return found | {"rollout": self.rollout}
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """`rollout.engine`, and what engines that share their GPUs need: to sleep, and to leave half of the memory for
+        the models that stay."""
+        if self.placement.mode != "colocated" or not self.rollout.gpus_per_actor:
+            return self.rollout.engine
+        return {"gpu_memory_utilization": 0.5, "enable_sleep_mode": True, **self.rollout.engine}
 
     @property
     def off_policy(self) -> str:
@@ -126,12 +149,68 @@ class PPOConfig(DataJobConfig):
 
     @model_validator(mode="after")
     def _every_engine_has_a_rank(self) -> PPOConfig:
-        if self.rollout.weight_transfer == "ipc" and self.policy.num_actors != self.rollout.num_actors:
+        if self.rollout.weight_transfer != "ipc":
+            return self
+        if self.policy.num_actors != self.rollout.num_actors:
             raise ValueError(
                 f"rollout.weight_transfer=ipc needs a policy rank on the GPU of every engine: "
                 f"policy.num_actors={self.policy.num_actors} and rollout.num_actors={self.rollout.num_actors} differ; "
                 "make them equal, or set rollout.weight_transfer=broadcast"
             )
+        if self.placement.mode != "colocated":
+            raise ValueError(
+                "rollout.weight_transfer=ipc needs a policy rank on the GPU of every engine, which "
+                f"placement.mode={self.placement.mode} does not give: set placement.mode=colocated, or "
+                "rollout.weight_transfer=broadcast"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_gpus(self) -> PPOConfig:
+        """Roles that share GPUs take one each, and go to one type of nodes."""
+        mode, types = self.placement.mode, self.placement.node_types
+        for first, *others in self.placement.shares(list(self.roles)):
+            for role in (first, *others) if others else ():
+                gpus = self.roles[role].gpus_per_actor
+                if gpus > 1:
+                    raise ValueError(
+                        f"{role}.gpus_per_actor={gpus:g} with placement.mode={mode}: roles that share GPUs take one "
+                        "for each actor; set it to 1, or placement.mode=split"
+                    )
+                kind, leader = role.split(".")[0], first.split(".")[0]
+                where = self.placement.node_type(leader, labelled=True)
+                if kind in types and self.placement.node_type(kind, labelled=True) != where:
+                    raise ValueError(
+                        f"placement.node_types.{kind}={types[kind]} with placement.mode={mode}: it shares the nodes of "
+                        f"{leader}, which go to {where or 'any'}; set placement.node_types.{leader} alone"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _takes_turns(self) -> PPOConfig:
+        """Colocated: sampling and learning have the GPUs one after the other."""
+        if self.placement.mode != "colocated":
+            return self
+        if self.max_policy_lag:
+            raise ValueError(
+                f"placement.mode=colocated with max_policy_lag={self.max_policy_lag}: engines that share their GPUs "
+                "with the learners cannot sample while these learn; set max_policy_lag=0, or placement.mode=split"
+            )
+        for role in self.learner_ranks:
+            learner: LearnerConfig = getattr(self, role).learner
+            if learner.zero_stage not in (1, 2) and not learner.offload_optimizer:
+                raise ValueError(
+                    f"placement.mode=colocated with {role}.learner.zero_stage={learner.zero_stage}: optimizer states "
+                    "move out between phases, which needs zero_stage 1 or 2; set one of these, or, with zero_stage=3, "
+                    f"{role}.learner.offload_optimizer=true, which keeps them out for good"
+                )
+        if self.rollout.weight_transfer == "broadcast":
+            raise ValueError(
+                "placement.mode=colocated with rollout.weight_transfer=broadcast: NCCL takes one process a GPU, and "
+                "policy and engine share it; set rollout.weight_transfer=ipc or memory"
+            )
+        if self.rollout.engine.get("enable_sleep_mode", True) is not True:
+            raise ValueError("rollout.engine.enable_sleep_mode=false with placement.mode=colocated: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from rayllm.config.base import Config
-from rayllm.config.common import ActorsConfig, LearnerConfig, OptimizerConfig, check_optimizer
+from rayllm.config.common import ActorsConfig, LearnerConfig, OptimizerConfig, PlacementConfig, check_optimizer
 from rayllm.config.label import RolloutConfig
 
 if TYPE_CHECKING:
@@ -52,6 +53,27 @@ class ReferenceConfig(ActorsConfig):
 
     ema: float = Field(0.0, ge=0, lt=1)
     """Share of itself that the reference keeps when it moves: 0 copies the policy, 0.99 follows it slowly."""
+
+
+PARTNERS = {"reference": "policy", "reward": "critic"}
+"""Role -> the one whose GPUs it shares in `pairs`."""
+
+
+class PPOPlacementConfig(PlacementConfig):
+    mode: Literal["split", "colocated", "pairs"] = "split"
+    """Which roles share GPUs, each a part of it: none (`split`); all (`colocated`), where engines sleep while the
+    learners update, and optimizer states lie in the host's memory while they do not; or the policy with the reference
+    and the critic with the reward model (`pairs`). Roles that share one have gpus_per_actor of at most 1."""
+
+    def shares(self, roles: Sequence[str]) -> list[list[str]]:
+        """The roles in sets that share their GPUs, each behind the one that says where they go."""
+        if self.mode == "colocated":
+            return [list(roles)]
+        sets: dict[str, list[str]] = {}
+        for role in roles:
+            partner = PARTNERS.get(role.split(".")[0]) if self.mode == "pairs" else None
+            sets.setdefault(partner if partner in roles else role, []).append(role)  # type: ignore[arg-type]
+        return list(sets.values())
 
 
 class AlgorithmConfig(Config):
@@ -199,7 +221,8 @@ class PPORolloutConfig(RolloutConfig):
 
     weight_transfer: Literal["memory", "broadcast", "ipc"] = "memory"
     """How new weights reach the engines: through `memory` of the host, adapters alone where only they train; or from
-    GPU to GPU, by `broadcast` (NCCL) or, where policy rank i and engine i share a GPU, by CUDA `ipc`."""
+    GPU to GPU, by `broadcast` (NCCL) or, where policy rank i and engine i share a GPU (placement.mode=colocated), by
+    CUDA `ipc`."""
 
 
 class EvalConfig(Config):

@@ -86,6 +86,7 @@ class Engine:
             module.gradient_checkpointing_enable()  # type: ignore[operator]
         self._learner = learner
         self._skipped_in_a_row = 0
+        self._out = False
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=_optimizer(module, optimizer, learner),
@@ -160,6 +161,23 @@ class Engine:
         if not self._engine.was_step_applied():
             return math.inf
         return float(self._engine.get_global_grad_norm())
+
+    def offload_states(self) -> None:
+        """Move optimizer state and float32 master weights to the memory of the host, until `reload_states`. The model
+        computes and its weights can be read meanwhile. Not with ZeRO 0 and 3; what is offloaded for good stays so."""
+        if self._out or _offloaded(self._learner):
+            return
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+        states = [OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states]
+        self._engine.offload_states(include=states, pin_memory=self.device.type == "cuda")
+        self._out = True
+
+    def reload_states(self) -> None:
+        """Bring back what `offload_states` moved; before a step or a `load`."""
+        if self._out:
+            self._engine.reload_states()
+            self._out = False
 
     def sum_over_ranks(self, value: float) -> float:
         """Sum of a number over all ranks; every rank must call it."""

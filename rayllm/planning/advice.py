@@ -14,11 +14,11 @@ from rayllm.config.ppo import PPOConfig
 from rayllm.planning.balance import splits
 from rayllm.planning.changes import Changes, is_valid, with_changes
 from rayllm.planning.hardware import GIB, GPUS
-from rayllm.planning.memory import GPU_USABLE, Memory
+from rayllm.planning.memory import Memory
 from rayllm.planning.moves import cheapest
-from rayllm.planning.plan import Plan, PlannedRole, machine_of, place
+from rayllm.planning.plan import Plan, PlannedRole, machine_of, place, room
 from rayllm.planning.roles import RoleSpec
-from rayllm.planning.roofline import Machine
+from rayllm.planning.sharing import held_by_others
 
 ROUNDS = 24
 """Problems that are solved one after the other before the search gives up."""
@@ -95,7 +95,7 @@ def _fit_role(plan: Plan, role: PlannedRole) -> Changes | None:
     free = max(0.0, plan.cluster.nodes * plan.cluster.gpus_per_node - plan.gpus)
     elsewhere: Changes | None = None
     valid: dict[int, bool] = {}  # what a config refuses is a number of processes that does not divide
-    for changes, spec in cheapest(role.spec, machine, _fits_share(machine)):
+    for changes, spec in cheapest(role.spec, machine, _fits_share(plan, role)):
         more = spec.num_actors * spec.gpus - role.spec.num_actors * role.spec.gpus
         if more > free and elsewhere is not None:
             continue
@@ -109,14 +109,15 @@ def _fit_role(plan: Plan, role: PlannedRole) -> Changes | None:
     return elsewhere
 
 
-def _fits_share(machine: Machine) -> Callable[[RoleSpec, Memory], bool]:
+def _fits_share(plan: Plan, role: PlannedRole) -> Callable[[RoleSpec, Memory], bool]:
+    machine = machine_of(plan.cluster)
+    others = held_by_others(role.spec, [(other.spec, other.memory) for other in plan.roles])
+
     def fits(spec: RoleSpec, memory: Memory) -> bool:
         if memory.cache_needed > memory.cache_size or (spec.kind == "engine" and not memory.concurrency):
             return False
-        if not spec.gpus or machine.gpu is None:
-            return True
-        usable = 1.0 if spec.kind == "engine" else GPU_USABLE
-        return memory.peak <= min(1.0, spec.gpus / spec.split) * machine.gpu.memory * usable
+        has = room(spec, others, machine)
+        return has is None or memory.peak <= has
 
     return fits
 

@@ -36,6 +36,8 @@ def splits(plan: Plan) -> list[Split]:
     job = plan.job
     if not isinstance(job, PPOConfig) or not (job.policy.gpus_per_actor and job.rollout.gpus_per_actor):
         return []
+    if job.placement.mode != "split":  # roles that share a GPU have no part to give to another
+        return []
     specs = {role.spec.name: role.spec for role in plan.roles if role.spec.gpus and role.spec.shape is not None}
     learners = {name: specs[name].gpus for name in ("policy", "critic") if name in specs}
     scorers = {name: specs[name].gpus for name in ("reference", "reward") if name in specs}

@@ -82,6 +82,11 @@ class Memory:
     """Bytes of one sequence of ``max_model_len``: vLLM does not start with less."""
 
     @property
+    def resident(self) -> float:
+        """Of a model that stays and does not compute: its weights, and what the process takes."""
+        return self.weights + self.runtime
+
+    @property
     def peak(self) -> float:
         states = self.weights + self.gradients + self.optimizer
         return states + self.activations + self.buffers + self.kv_cache + self.runtime

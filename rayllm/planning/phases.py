@@ -10,6 +10,7 @@ from rayllm.config.ppo import PPOConfig
 from rayllm.config.pretrain import PretrainConfig
 from rayllm.config.reward_model import RewardModelConfig
 from rayllm.planning import roofline
+from rayllm.planning.hardware import PCIE
 from rayllm.planning.memory import Memory
 from rayllm.planning.roles import RoleSpec
 from rayllm.planning.roofline import Machine
@@ -22,7 +23,8 @@ class PlannedRole:
     spec: RoleSpec
     memory: Memory
     available: float | None
-    """Bytes of its share of a GPU that can be filled; None on CPU, where a node's processes share its memory."""
+    """Bytes of its share of a GPU that can be filled, less what others hold on it; None on CPU, where a node's
+    processes share its memory."""
 
     problem: str | None
     """Why it does not fit by itself."""
@@ -58,7 +60,9 @@ def ppo_seconds(job: PPOConfig, roles: tuple[PlannedRole, ...], machine: Machine
         name: n * _score(found[name].spec, machine, rows, tokens) for name, n in passes.items() if n
     }
     learners = [name for name in ("policy", "critic") if name in found]
-    updates: dict[str, float] = {name: _update(job, found[name].spec, machine, rows, tokens) for name in learners}
+    updates: dict[str, float] = {
+        name: _update(job, found[name].spec, machine, rows, tokens) + _moving(found[name]) for name in learners
+    }
     sampling = {"rollout": _sampling(job, found["rollout"], machine, workload.prompt_tokens, new)}
     engine = found["rollout"].spec
     assert engine.shape is not None
@@ -72,6 +76,12 @@ def ppo_seconds(job: PPOConfig, roles: tuple[PlannedRole, ...], machine: Machine
     rollout, score, update, sync = (phase.seconds for phase in phases)
     turn = max(rollout, score + update) if job.max_policy_lag else rollout + score + update
     return phases, turn + sync, float(rows * new)
+
+
+def _moving(role: PlannedRole) -> float:
+    """Of optimizer states, in and out."""
+    on_gpu = role.spec.takes_turns and role.spec.gpus
+    return 2 * role.memory.optimizer / PCIE if on_gpu else 0.0
 
 
 def _score(spec: RoleSpec, machine: Machine, rows: int, tokens: float) -> float:
@@ -136,7 +146,11 @@ def _phase(name: str, seconds: dict[str, float], roles: dict[str, PlannedRole], 
 
 
 def _side_by_side(seconds: dict[str, float], roles: dict[str, PlannedRole], machine: Machine) -> float:
-    """The slowest; on CPU also no less than all the work over all the cores."""
+    """The slowest, of roles that share GPUs their sum; on CPU also no less than all the work over all the cores."""
     on_cpu = {name: s for name, s in seconds.items() if not roles[name].spec.gpus}
     work = sum(s * roles[name].spec.num_actors * max(1.0, roles[name].spec.cpus) for name, s in on_cpu.items())
-    return max([*seconds.values(), work / (machine.nodes * machine.cpus_per_node)])
+    shares: dict[tuple[str, ...], float] = {}
+    for name, each in seconds.items():
+        share = roles[name].spec.share if roles[name].spec.gpus else ()
+        shares[share or (name,)] = shares.get(share or (name,), 0.0) + each
+    return max([*shares.values(), work / (machine.nodes * machine.cpus_per_node)])

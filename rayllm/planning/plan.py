@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from rayllm.planning.memory import Memory
 from rayllm.planning.phases import Phase, PlannedRole, ppo_seconds, training_seconds
 from rayllm.planning.roles import Job, RoleSpec, roles_of
 from rayllm.planning.roofline import Machine
+from rayllm.planning.sharing import bundles_of, held_by_others
 
 JOBS: dict[str, type[Any]] = {
     "ppo": PPOConfig, "sft": SftConfig, "pretrain": PretrainConfig, "reward-model": RewardModelConfig
@@ -61,7 +63,7 @@ class Plan:
 
     @property
     def gpus(self) -> float:
-        return sum(role.spec.num_actors * role.spec.gpus for role in self.roles)
+        return sum(bundle.gpus for bundle in bundles_of([(role.spec, role.memory) for role in self.roles]))
 
     @property
     def cost_per_thousand_steps(self) -> float | None:
@@ -94,7 +96,8 @@ def load_job(config: PlanConfig) -> Job:
 def make_plan(job: Job, cluster: ClusterConfig, workload: WorkloadConfig) -> Plan:
     """Work it out; no accelerator, no cluster and no weights are needed."""
     machine = machine_of(cluster)
-    roles = tuple(_plan_role(spec, machine) for spec in roles_of(job, workload))
+    found = [(spec, spec.memory(machine)) for spec in roles_of(job, workload)]
+    roles = tuple(_plan_role(spec, needs, held_by_others(spec, found), machine) for spec, needs in found)
     problems = [role.problem for role in roles if role.problem is not None]
     nodes, left = place(roles, cluster)
     problems += _capacity(roles, cluster, left)
@@ -136,16 +139,18 @@ def machine_of(cluster: ClusterConfig) -> Machine:
     )
 
 
-def _plan_role(spec: RoleSpec, machine: Machine) -> PlannedRole:
-    needs = spec.memory(machine)
-    available = None
-    if spec.gpus and machine.gpu is not None:
-        whole = machine.gpu.memory
-        share = min(1.0, spec.gpus / spec.split)
-        # vLLM fills what it is told to; it must then have that much.
-        usable = share * whole if spec.kind == "engine" else share * whole * memory.GPU_USABLE
-        available = usable
+def _plan_role(spec: RoleSpec, needs: Memory, others: float | None, machine: Machine) -> PlannedRole:
+    available = room(spec, others, machine)
     return PlannedRole(spec, needs, available, _problem(spec, needs, available))
+
+
+def room(spec: RoleSpec, others: float | None, machine: Machine) -> float | None:
+    """Bytes of a GPU that one process can fill: of its share, or of one that ``others`` hold so much of."""
+    if not spec.gpus or machine.gpu is None:
+        return None
+    # vLLM fills what it is told to; it must then have that much.
+    usable = machine.gpu.memory * (1.0 if spec.kind == "engine" else memory.GPU_USABLE)
+    return usable * min(1.0, spec.gpus / spec.split) if others is None else max(0.0, usable - others)
 
 
 def _problem(spec: RoleSpec, needs: Memory, available: float | None) -> str | None:
@@ -156,7 +161,8 @@ def _problem(spec: RoleSpec, needs: Memory, available: float | None) -> str | No
             f"got {spec.gpus:g}"
         )
     if available is not None and needs.peak > available:
-        return f"{spec.name}: a process needs {needs.peak / GIB:,.1f} GiB of GPU memory, it has {available / GIB:,.1f}"
+        has = "those on the same GPU leave" if spec.share else "it has"
+        return f"{spec.name}: a process needs {needs.peak / GIB:,.1f} GiB of GPU memory, {has} {available / GIB:,.1f}"
     if needs.cache_needed > needs.cache_size:
         return (
             f"{spec.name}: an engine's cache holds {needs.cache_size / GIB:,.2f} GiB, one sequence of its "
@@ -174,33 +180,34 @@ def place(roles: Sequence[PlannedRole], cluster: ClusterConfig) -> tuple[list[fl
     used = [memory.CPU_DRIVER] + [0.0] * (cluster.nodes - 1)
     gpus, cpus = [float(cluster.gpus_per_node)] * cluster.nodes, [cluster.cpus_per_node] * cluster.nodes
     left: dict[str, int] = {}
-    for role in sorted(roles, key=lambda role: -role.spec.gpus):
-        spec, rest = role.spec, role.spec.num_actors
-        each = role.memory.host if role.available is not None else role.memory.peak
+    kinds = Counter(bundles_of([(role.spec, role.memory) for role in roles]))
+    for bundle, rest in sorted(kinds.items(), key=lambda item: -item[0].gpus):
         for node in range(cluster.nodes):
             if not rest:
                 break
             fits = min(
-                math.floor(cpus[node] / spec.cpus + 1e-6),
-                math.floor(gpus[node] / spec.gpus + 1e-6) if spec.gpus else rest,
+                math.floor(cpus[node] / bundle.cpus + 1e-6),
+                math.floor(gpus[node] / bundle.gpus + 1e-6) if bundle.gpus else rest,
                 rest,
             )
-            gpus[node] -= fits * spec.gpus
-            cpus[node] -= fits * spec.cpus
-            used[node] += fits * each
+            gpus[node] -= fits * bundle.gpus
+            cpus[node] -= fits * bundle.cpus
+            used[node] += fits * bundle.host
             rest -= fits
-        if rest:
-            left[spec.name] = rest
+        for name in bundle.names if rest else ():
+            left[name] = left.get(name, 0) + rest
     return used, left
 
 
 def _capacity(roles: Sequence[PlannedRole], cluster: ClusterConfig, left: dict[str, int]) -> list[str]:
     """Which processes find no place: need against have."""
     found = []
+    bundles = bundles_of([(role.spec, role.memory) for role in roles])
     for unit, each, name in (("gpus", cluster.gpus_per_node, "GPUs"), ("cpus", cluster.cpus_per_node, "CPUs")):
-        need = sum(role.spec.num_actors * getattr(role.spec, unit) for role in roles)
+        need = sum(getattr(bundle, unit) for bundle in bundles)
         if need > cluster.nodes * each + 1e-6:
-            listed = " + ".join(f"{r.spec.name} {r.spec.num_actors} x {getattr(r.spec, unit):g}" for r in roles)
+            kinds = Counter((b.names, getattr(b, unit)) for b in bundles)
+            listed = " + ".join(f"{' with '.join(names)} {n} x {amount:g}" for (names, amount), n in kinds.items())
             found.append(f"the roles need {need:g} {name} ({listed}), the cluster has {cluster.nodes * each:g}")
     if left and not found:
         listed = ", ".join(f"{count} of {name}" for name, count in left.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayllm.config.common import LearnerConfig
@@ -50,6 +50,13 @@ class RoleSpec:
     sequences: int = 0
     """That an engine has to sample in a step."""
 
+    share: tuple[str, ...] = ()
+    """The roles that have the same GPUs, itself among them; empty: it has its own."""
+
+    takes_turns: bool = False
+    """Of a share: engines sleep while learners update, and optimizer states are in the host's memory while they do
+    not."""
+
     def memory(self, machine: Machine) -> Memory:
         """Of one of its processes."""
         on_gpu = self.gpus > 0
@@ -63,9 +70,11 @@ class RoleSpec:
         if self.kind == "frozen":
             return frozen_memory(self.shape, rows=self.rows, tokens=self.tokens, on_gpu=on_gpu)
         assert self.learner is not None
-        return learner_memory(
+        found = learner_memory(
             self.shape, self.learner, ranks=self.num_actors, rows=self.rows, tokens=self.tokens, on_gpu=on_gpu
         )
+        moved = found.optimizer if self.takes_turns and on_gpu else 0.0
+        return replace(found, host=found.host + moved)
 
     @property
     def split(self) -> int:
@@ -91,11 +100,11 @@ def _ppo_roles(config: PPOConfig, workload: WorkloadConfig) -> list[RoleSpec]:
             "(rollout.engine.max_model_len, or the model's own)"
         )
     roles = [_learner("policy", config.policy, shape, config, longest)]
-    if config.algorithm.estimator.needs_critic:
+    if "critic" in config.roles:
         critic = find_shape(config.critic_start, key="critic.model").with_scalar_head()
         roles.append(_learner("critic", config.critic, critic, config, longest))
     shard = config.prompts_per_step * config.samples_per_prompt // config.num_shards
-    if config.algorithm.kl_coef > 0 and config.policy.learner.lora.rank is None:
+    if "reference" in config.roles:
         reference = config.reference
         rows = min(reference.micro_batch_size, shard)
         roles.append(_actors("reference", "frozen", reference, shape=shape, rows=rows, tokens=longest))
@@ -109,11 +118,17 @@ def _ppo_roles(config: PPOConfig, workload: WorkloadConfig) -> list[RoleSpec]:
     else:
         roles.append(_actors("reward", "plain", source))
     sequences = -(-config.prompts_per_step * config.samples_per_prompt // config.rollout.num_actors)
-    engine = config.rollout.engine
     roles.append(
-        _actors("rollout", "engine", config.rollout, shape=shape, tokens=longest, engine=engine, sequences=sequences)
+        _actors(
+            "rollout", "engine", config.rollout, shape=shape, tokens=longest, engine=config.engine, sequences=sequences
+        )
     )
-    return roles
+    shares = {name: tuple(names) for names in config.placement.shares(list(config.roles)) for name in names}
+    in_turns = config.placement.mode == "colocated"
+    return [
+        replace(role, share=shares[role.name], takes_turns=in_turns) if len(shares[role.name]) > 1 else role
+        for role in roles
+    ]
 
 
 def _actors(name: str, kind: str, section: Any, *, shape: ModelShape | None = None, **more: Any) -> RoleSpec:

@@ -90,7 +90,7 @@ def _memory_table(plan: Plan) -> Table:
 
 def _memory_row(plan: Plan, role: PlannedRole) -> list[Any]:
     spec, memory = role.spec, role.memory
-    where = f"{spec.gpus:g} GPU" if spec.gpus else f"{spec.cpus:g} CPU"
+    where = "shared GPU" if spec.gpus and spec.share else f"{spec.gpus:g} GPU" if spec.gpus else f"{spec.cpus:g} CPU"
     shape = spec.shape
     name = "–" if shape is None else f"{shape.name} [dim]{_count(shape.parameters)}[/dim]"
     parts = [_gib(getattr(memory, part)) for part in PARTS]
@@ -109,6 +109,8 @@ def _moment(memory: Memory) -> str:
 def _share(plan: Plan, role: PlannedRole) -> Text:
     """How full its GPU, or its node's memory, gets."""
     room = role.available if role.available is not None else plan.cluster.memory_gib * GIB
+    if not room:  # others fill the GPU
+        return Text("━" * BAR + " none left ✗", style="red")
     used = role.memory.peak / room
     good = role.problem is None
     full = min(BAR, max(0, round(used * BAR)))
@@ -231,6 +233,7 @@ def _role_json(role: PlannedRole) -> dict[str, Any]:
         "role": spec.name,
         "processes": spec.num_actors,
         "gpus_per_process": spec.gpus,
+        "shares_gpus_with": [name for name in spec.share if name != spec.name],
         "cpus_per_process": spec.cpus,
         "model": None if spec.shape is None else spec.shape.name,
         "parameters": 0 if spec.shape is None else spec.shape.parameters,

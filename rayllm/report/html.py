@@ -115,6 +115,7 @@ def _content(
         "samples": samples(data),
         "timings": views.timings(stages),
         "total": {"seconds": sum(seconds), "text": duration(sum(seconds))},
+        "placements": views.placements(stages),
         "data": views.data_rows(stages),
         "lineage": views.lineage(stages),
         "configuration": views.configuration(stages),

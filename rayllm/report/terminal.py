@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -69,6 +70,25 @@ def print_preamble(
     if example:
         table.add_row("example", _example_text(example, plain=not console.is_terminal))
     console.print(table)
+
+
+def print_where(console: Console, run: Run, rows: Sequence[Any]) -> None:
+    """A table of where the actors of a run are, which goes into run.json too.
+
+    Args:
+        console: where to print.
+        run: gets ``placement``.
+        rows: dataclasses with ``role``, ``ranks``, ``node``, ``node_type`` and ``gpus``: actors of a role on one node.
+    """
+    run.describe(placement=[asdict(row) for row in rows])
+    typed, on_gpu = any(row.node_type for row in rows), any(gpu for row in rows for gpu in row.gpus)
+    columns = ["role", "ranks", "node", *["type"] * typed, *["GPU of each"] * on_gpu]
+    table = Table(*columns, title="where each actor runs", title_justify="left", title_style="dim", box=None)
+    for row in rows:
+        ranks = ", ".join(map(str, row.ranks))
+        cells = [row.role, ranks, row.node, *[row.node_type or "–"] * typed, *[" ".join(row.gpus) or "–"] * on_gpu]
+        table.add_row(*map(escape, cells))
+    console.print(table, highlight=False)
 
 
 def shown_path(path: Path | str) -> str:

@@ -184,6 +184,22 @@ def timings(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     return rows
 
 
+def placements(stages: Sequence[Stage]) -> list[dict[str, str]]:
+    """Where each stage's actors ran: those of one role on one node in a row."""
+    return [
+        {
+            "stage": stage.name,
+            "role": str(row.get("role") or DASH),
+            "ranks": ", ".join(map(str, row.get("ranks") or [])),
+            "node": str(row.get("node") or DASH),
+            "type": str(row.get("node_type") or DASH),
+            "gpus": " ".join(gpu for gpu in row.get("gpus") or [] if gpu) or DASH,
+        }
+        for stage in stages
+        for row in stage.record.get("placement") or []
+    ]
+
+
 def data_rows(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     """What each stage read: rows and tokens kept, and rows dropped by reason, the largest reason first."""
     rows = []

@@ -283,3 +283,42 @@ def test_only_the_last_block_is_trained(ranks, tiny_model_dir, stage):
     weights = ranks(train, str(tiny_model_dir))[0]
     changed = {name for name, tensor in weights.items() if not torch.equal(tensor, start[name])}
     assert changed == {name for name in weights if name.startswith("model.layers.1.") or name == "model.norm.weight"}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_optimizer_states_that_move_out_between_steps_change_no_bit(ranks, tiny_model_dir, tmp_path, stage, dtype):
+    def train(rank, folder):
+        def step(engine, number):
+            return engine.update([IDS + number], lambda ids: language_loss(engine, ids), learning_rate=1e-2)
+
+        found = []
+        for moves in (False, True):
+            engine = make(load_causal_lm(tiny_model_dir), zero_stage=stage, dtype=dtype)
+            if moves:
+                engine.offload_states()
+            for number in range(3):
+                engine.reload_states()
+                step(engine, number)
+                if moves:
+                    engine.offload_states()
+                    engine.offload_states()  # it is out already
+            # Out of the way, it computes, is saved, and gives its weights.
+            with torch.no_grad():
+                logits = engine(input_ids=IDS).logits.clone()
+            engine.save(Path(folder) / f"{moves}", {"step": 3})
+            weights = engine.state_dict()
+            engine.reload_states()
+            step(engine, 3)
+            last = snapshot(engine)
+            again = make(load_causal_lm(tiny_model_dir), zero_stage=stage, dtype=dtype)
+            again.offload_states()
+            again.reload_states()
+            assert again.load(Path(folder) / f"{moves}") == {"step": 3}
+            step(again, 3)
+            assert all(torch.equal(a, b) for a, b in zip(last, snapshot(again), strict=True))
+            found.append([logits, *weights.values(), *last])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        return len(found[0])
+
+    assert min(ranks(train, str(tmp_path))) > 3

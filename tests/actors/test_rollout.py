@@ -561,9 +561,44 @@ def test_the_engine_for_gpus_samples_and_updates_the_same(
         with pytest.raises(RuntimeError, match="weight update refused: missing"):
             local_ray.get(other.update_weights.remote(pack([], version=3)))
         assert {v for r in generate(local_ray, other, prompts) for v in r.policy_versions} == {7}
+        awake = generate(local_ray, other, prompts)
+        local_ray.get(other.sleep.remote(keep_weights=True))
+        with pytest.raises(RuntimeError, match="the rollout engine sleeps"):
+            generate(local_ray, other, prompts)
+        local_ray.get(other.wake.remote())
+        assert generate(local_ray, other, prompts) == awake
+        local_ray.get(other.sleep.remote())
+        assert local_ray.get(other.update_weights.remote(bundles[0])) == 2
+        rollouts = generate(local_ray, other, prompts)
+        assert logprob_differences(models[0], rollouts, temperature=1.0).mean() < TOLERANCE
         local_ray.get(other.shutdown.remote())
     finally:
         local_ray.kill(other)
+
+
+def test_an_engine_that_sleeps_refuses_work_until_it_has_weights(local_ray, actor, models, bundles, prompts):
+    """On CPU vLLM frees nothing; what it serves, when, is what it is on a GPU."""
+    awake = generate(local_ray, actor, prompts)
+    local_ray.get(actor.sleep.remote(keep_weights=True))
+    with pytest.raises(RuntimeError, match="the rollout engine sleeps; new weights, or `wake`, come before new work"):
+        generate(local_ray, actor, prompts)
+    local_ray.get(actor.wake.remote())
+    assert generate(local_ray, actor, prompts) == awake
+    for _ in range(2):  # as the RL loop does: no weights are kept, new ones wake it
+        local_ray.get(actor.sleep.remote())
+        with pytest.raises(RuntimeError, match="sleeps without its weights: only new ones wake it"):
+            local_ray.get(actor.wake.remote())
+        ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
+        expected = [local_ray.put(text_logprobs(models[1], text))]
+        proof = {"probe": text, "tolerance": TOLERANCE, "expected": expected}
+        assert local_ray.get(actor.sync.remote(bundles[1], **proof)) == 1
+        rollouts = generate(local_ray, actor, prompts)
+        assert logprob_differences(models[1], rollouts, temperature=1.0).mean() < TOLERANCE
+    running = actor.generate.remote(prompts, num_samples=2, temperature=1.0, max_new_tokens=400, step=1)
+    time.sleep(0.2)
+    with pytest.raises(RuntimeError, match="cannot sleep: 1 calls are under way"):
+        local_ray.get(actor.sleep.remote())
+    assert {rollout.finish_reason for rollout in local_ray.get(running)} <= {"stop", "length"}
 
 
 def test_info_tells_process_threads_and_memory(local_ray, actor):

@@ -23,6 +23,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from jobs.cli import COMMANDS, parse
 from rayllm.config.base import Config
+from rayllm.config.common import USUAL_NODE_TYPES, PlacementConfig
 from rayllm.config.serve import ServeConfig
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
@@ -69,6 +70,10 @@ def test_a_wrong_ray_up_file_is_refused(spoil):
     spoil(config)
     with pytest.raises((jsonschema.ValidationError, ValueError)):
         validate_config(prepare_config(config))
+
+
+def test_roles_go_to_the_types_of_these_files():
+    assert {PlacementConfig().node_type(role, labelled=True) for role in USUAL_NODE_TYPES} == set(ROLES)
 
 
 @pytest.mark.parametrize("name", CLOUDS)

@@ -53,7 +53,7 @@ def test_an_environment_teaches_without_a_file_of_prompts(tiny_run, tmp_path, ad
     done = rayllm(
         "ppo", f"run_dir={tmp_path}", f"model={source / 'sft/model'}", *SMALL, "reward.source=environment",
         "environment.name=guess_number", "environment.max_turns=2", f"algorithm.advantage={advantage}",
-        "rollout.weight_transfer=ipc",
+        "rollout.weight_transfer=ipc", "placement.mode=colocated",
     )  # fmt: skip
     if advantage == "remax":
         assert done.returncode == 2 and "environment" in done.stdout

@@ -320,3 +320,58 @@ def test_every_round_of_online_preference_starts_from_the_last_ones_model():
     assert (label.seed, preference.seed, preference.kind) == (6, 6, "ipo")
     assert preference.preferences == Path("/x/round-2/label/rankings.parquet")
     assert label.run_dir == Path("/x/round-2/label") and preference.run_dir == Path("/x/round-2/preference")
+
+
+@pytest.mark.parametrize(
+    ("mode", "more", "shares"),
+    [
+        ("split", (), [["policy"], ["critic"], ["reference"], ["reward"], ["rollout"]]),
+        ("colocated", (), [["policy", "critic", "reference", "reward", "rollout"]]),
+        ("pairs", (), [["policy", "reference"], ["critic", "reward"], ["rollout"]]),
+        ("pairs", ("algorithm.advantage=grpo", "samples_per_prompt=2"), [["policy", "reference"], ["reward"], ["rollout"]]),
+        ("pairs", ("algorithm.kl_coef=0", "reward.sources.a.kind=gold", "reward.sources.b.kind=gold"),
+         [["policy"], ["critic", "reward.a", "reward.b"], ["rollout"]]),
+    ],
+)  # fmt: skip
+def test_roles_that_share_gpus(mode, more, shares):
+    config = ppo(f"placement.mode={mode}", *more).config
+    assert config.placement.shares(list(config.roles)) == shares
+
+
+def test_a_role_goes_to_its_usual_type_where_nodes_have_types():
+    usual = ppo().config.placement
+    assert usual.node_type("policy", labelled=False) is None
+    assert [usual.node_type(role, labelled=True) for role in ("critic", "rollout", "reward.exact", "workers")] == [
+        "learner", "rollout", "scorer", "learner"
+    ]  # fmt: skip
+    given = ppo("placement.node_types={reward: cheap, rollout: any}").config.placement
+    assert given.node_type("reward.exact", labelled=False) == "cheap"  # said: it must be there
+    assert given.node_type("rollout", labelled=True) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["max_policy_lag=1"], "placement.mode=colocated with max_policy_lag=1: engines that share"),
+        (["rollout.gpus_per_actor=2"], "rollout.gpus_per_actor=2 with placement.mode=colocated"),
+        (["policy.learner.zero_stage=3"], "placement.mode=colocated with policy.learner.zero_stage=3"),
+        (["critic.learner.zero_stage=0"], "placement.mode=colocated with critic.learner.zero_stage=0"),
+        (["rollout.weight_transfer=broadcast"], "placement.mode=colocated with rollout.weight_transfer=broadcast"),
+        (["rollout.engine.enable_sleep_mode=false"], "enable_sleep_mode=false with placement.mode=colocated"),
+        (["placement.node_types.reward=scorer"], "placement.node_types.reward=scorer with placement.mode=colocated"),
+        (["placement.node_types.polcy=learner"], "'polcy' is no role; did you mean policy?"),
+        (["placement.mode=split", "rollout.weight_transfer=ipc"], "placement.mode=split does not give"),
+    ],
+)
+def test_what_cannot_be_colocated_is_refused(overrides, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        ppo("placement.mode=colocated", *overrides)
+
+
+def test_engines_that_share_gpus_can_sleep_and_leave_room():
+    assert ppo("placement.mode=colocated").config.engine == {}  # vLLM refuses to sleep on CPU
+    colocated = ppo("placement.mode=colocated", "rollout.gpus_per_actor=1", "rollout.engine.max_model_len=99").config
+    assert colocated.engine == {"gpu_memory_utilization": 0.5, "enable_sleep_mode": True, "max_model_len": 99}
+    more = ppo("placement.mode=colocated", "rollout.gpus_per_actor=1", "rollout.engine.gpu_memory_utilization=0.7")
+    assert more.config.engine["gpu_memory_utilization"] == 0.7
+    assert ppo("placement.mode=pairs", "rollout.gpus_per_actor=1").config.engine == {}

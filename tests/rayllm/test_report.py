@@ -461,3 +461,15 @@ def test_overoptimised_needs_gold_down_and_reward_up():
 def test_report_imports_neither_torch_nor_ray():
     code = "import sys, rayllm.report.html; sys.exit(any(m in sys.modules for m in ('torch', 'ray', 'vllm')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_page_shows_where_each_actor_ran(tmp_path):
+    run = make_run(tmp_path / "demo")
+    assert "Where each actor ran" not in Page(write_report(run)[0].read_text()).text
+    rows = [
+        {"role": "policy", "ranks": [0, 1], "node": "10.0.0.7 a1b2c3", "node_type": "learner", "gpus": ["4", "5"]},
+        {"role": "reward", "ranks": [0], "node": "10.0.0.9 d4e5f6", "node_type": None, "gpus": [""]},
+    ]
+    edit(run / "ppo" / "run.json", lambda value: value.update(placement=rows))
+    text = Page(write_report(run)[0].read_text()).text
+    assert "ppopolicy0, 110.0.0.7 a1b2c3learner4 5" in text and "pporeward010.0.0.9 d4e5f6––" in text

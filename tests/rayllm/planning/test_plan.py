@@ -308,3 +308,43 @@ def test_the_cluster_can_be_told_apart_from_its_kind():
     plan = planned(ppo(), gpu_memory_gib=24.0)
     assert role(plan, "reference").available == pytest.approx(24 * 0.95 * GIB)
     assert ClusterConfig().gpu_memory_gib is None
+
+
+def test_colocated_roles_share_gpus_memory_and_time_by_hand():
+    eight = {name: {**(LEARNER if name in ("policy", "critic") else SCORER), "num_actors": 8}
+             for name in ("policy", "critic", "reference", "reward")}  # fmt: skip
+    engines = {"num_actors": 8, "gpus_per_actor": 1, "max_new_tokens": 512, "engine": {"max_model_len": 4096}}
+    split = planned(ppo(**eight, rollout=engines), nodes=5)
+    plan = planned(ppo(**eight, rollout=engines, placement={"mode": "colocated"}))
+    assert split.gpus == 40 and plan.gpus == 8 and plan.fits, plan.problems
+    policy, critic, reference, reward, rollout = plan.roles
+    gpu = GPUS["h100"].memory
+    # While the policy learns: the critic's weights and process, the frozen models', a sleeping engine's process.
+    stay = [r.memory.weights + r.memory.runtime for r in (critic, reference, reward)]
+    assert policy.available == pytest.approx(0.95 * gpu - sum(stay) - rollout.memory.runtime)
+    assert rollout.memory.peak == pytest.approx(0.5 * gpu)
+    # While the engine samples no optimizer state is on the GPU.
+    assert rollout.available is not None and rollout.available < gpu - 2 * policy.memory.weights
+    assert rollout.available > gpu - reference.memory.peak - reward.memory.peak - 2 * policy.memory.peak
+    # What moves out is in the node's memory: 12 bytes a parameter, over the ranks, of each learner.
+    n = KNOWN["qwen2.5-1.5b"].parameters
+    alone = role(split, "policy")
+    assert policy.memory.host - alone.memory.host == pytest.approx(12 * n / 8)
+    update, turns = ({phase.name: phase.seconds for phase in p.phases}["update"] for p in (split, plan))
+    assert turns > 1.8 * update  # policy and critic in turn, and the states' way
+    assert best_split(plan) is None
+
+
+def test_pairs_take_fewer_gpus_and_hold_both_models():
+    plan = planned(ppo(placement={"mode": "pairs"}))
+    assert plan.gpus == 3 and plan.fits
+    policy, critic, reference, reward, rollout = plan.roles
+    usable = 0.95 * GPUS["h100"].memory
+    assert policy.available == pytest.approx(usable - reference.memory.peak)
+    assert reward.available == pytest.approx(usable - critic.memory.peak)
+    assert rollout.available == pytest.approx(GPUS["h100"].memory)
+    small = planned(ppo(placement={"mode": "pairs"}), gpu="a10g", gpus_per_node=2)
+    assert any("those on the same GPU leave" in problem for problem in small.problems)
+    assert "the roles need 3 GPUs (policy with reference 1 x 1 + critic with reward 1 x 1 + rollout 1 x 1)" in " ".join(
+        small.problems
+    )
