@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -14,6 +13,7 @@ import torch
 
 from actors.environment import backend, device_of
 from actors.scoring import per_token_in_parts, select
+from rayllm.checkpoints import Files
 from rayllm.config.ppo import PPOConfig
 from rayllm.config.rl import LearnerActorsConfig
 from rayllm.data.balancing import balanced_partition, micro_batches_by_tokens, with_num_parts
@@ -120,13 +120,17 @@ class LearnerActor:
         means = {name: float(t / max(float(n), 1e-12)) for name, (t, n) in zip(sums, totals, strict=True)}
         return means
 
-    def save(self, folder: str, state: dict[str, Any]) -> None:
-        """This rank's part of a checkpoint."""
-        self.engine.save(Path(folder), state)
+    def checkpoint_bytes(self) -> int:
+        """Of all ranks' parts, about."""
+        return self.engine.checkpoint_bytes
 
-    def load(self, folder: str) -> dict[str, Any]:
-        """Continue from a checkpoint; returns its state."""
-        return self.engine.load(Path(folder))
+    def save(self, folder: str) -> Files:
+        """This rank's part of a checkpoint; returns what was written."""
+        return self.engine.save(Path(folder))
+
+    def load(self, folder: str) -> None:
+        """Continue from a checkpoint."""
+        self.engine.load(Path(folder))
 
 
 def _lengths(experience: Experience) -> list[int]:

@@ -20,12 +20,14 @@ from actors.fleet import (
     start_rollout_actors,
 )
 from actors.group import ActorGroup, Role, collect
+from actors.learner import LearnerActor
 from actors.policy import PolicyActor
 from actors.publishing import Published
 from actors.reference import ReferenceActor
 from actors.rollout import RolloutActor, Sent
 from actors.weight_group import Seat
 from jobs.ppo_rewards import RewardGroups, ShardScores
+from rayllm.checkpoints import Files
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.models.loading import max_positions, vocabulary_size
@@ -213,24 +215,42 @@ class Roles:
             weights = self.policy.call(PolicyActor.publish_weights, step)[0]
             self.reference.call(ReferenceActor.move, weights, ema=self.config.reference.ema)
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """A checkpoint of everything that changes in a run."""
-        saves = self.policy.submit(PolicyActor.save, str(folder / "policy"), state)
+    def checkpoint_bytes(self) -> int:
+        """Of a checkpoint, about."""
+        groups = [self.policy, *([] if self.critic is None else [self.critic])]
+        return sum(collect(group.submit(LearnerActor.checkpoint_bytes, rank=0), "checkpoint")[0] for group in groups)
+
+    def save(self, folder: Path) -> Files:
+        """A checkpoint of everything that changes in a run; returns what was written, as far as its writers told.
+
+        Raises:
+            OSError: a rank could not write its part.
+        """
+        saves = self.policy.submit(PolicyActor.save, str(folder / "policy"))
         if self.critic is not None:
-            saves += self.critic.submit(CriticActor.save, str(folder / "critic"), {})
+            saves += self.critic.submit(CriticActor.save, str(folder / "critic"))
         if self.reference is not None and self.config.reference.update_every is not None:
             saves += self.reference.submit(ReferenceActor.save, str(folder / "reference"), rank=0)
-        collect(saves, "checkpoint")
+        ray.wait(saves, num_returns=len(saves))  # none still writes when one has failed
+        files: Files = {}
+        try:
+            for written in collect(saves, "checkpoint"):
+                files.update(written or {})
+        except RuntimeError as error:
+            cause = getattr(error.__cause__, "cause", None)
+            if isinstance(cause, OSError):
+                raise cause from error
+            raise
+        return files
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from a checkpoint; returns its state."""
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
         loads = self.policy.submit(PolicyActor.load, str(folder / "policy"))
-        others = [] if self.critic is None else self.critic.submit(CriticActor.load, str(folder / "critic"))
+        if self.critic is not None:
+            loads += self.critic.submit(CriticActor.load, str(folder / "critic"))
         if self.reference is not None and self.config.reference.update_every is not None:
-            others += self.reference.submit(ReferenceActor.load, str(folder / "reference"))
-        state: dict[str, Any] = collect(loads, "checkpoint")[0]
-        collect(others, "checkpoint")
-        return state
+            loads += self.reference.submit(ReferenceActor.load, str(folder / "reference"))
+        collect(loads, "checkpoint")
 
     def export(self, job: Run) -> None:
         """Write the model folders, once the last sync is proved."""
