@@ -54,7 +54,9 @@ class Storage:
         self.address = address.rstrip("/")
         try:
             if "://" in address:
-                self._fs, self._root = fs.FileSystem.from_uri(self.address)
+                # Small files of S3 in one request instead of three.
+                options = "?allow_delayed_open=true" if address.startswith("s3://") else ""
+                self._fs, self._root = fs.FileSystem.from_uri(self.address + options)
             else:
                 self._fs, self._root = fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
         except (ArrowInvalid, OSError) as error:

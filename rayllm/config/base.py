@@ -32,7 +32,8 @@ def is_remote(path: Path) -> bool:
 
 def as_uri(path: Path) -> str:
     """The address that a remote path was given as; ``Path`` makes one slash of two."""
-    return str(path).replace(":/", "://", 1)
+    scheme, _, rest = str(path).partition(":/")
+    return f"{scheme}:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
 
 
 class Config(BaseModel):
