@@ -217,8 +217,10 @@ class Roles:
 
     def checkpoint_bytes(self) -> int:
         """Of a checkpoint, about."""
-        groups = [self.policy, *([] if self.critic is None else [self.critic])]
-        return sum(collect(group.submit(LearnerActor.checkpoint_bytes, rank=0), "checkpoint")[0] for group in groups)
+        sizes = self.policy.submit(LearnerActor.checkpoint_bytes, rank=0)
+        if self.critic is not None:
+            sizes += self.critic.submit(LearnerActor.checkpoint_bytes, rank=0)
+        return sum(collect(sizes, "checkpoint"))
 
     def save(self, folder: Path) -> Files:
         """A checkpoint of everything that changes in a run; returns what was written, as far as its writers told.

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from rayllm.checkpoints import Files
+from rayllm.checkpoints import CheckpointError, Files
 from rayllm.config.common import LearnerConfig, OptimizerConfig
 from rayllm.models.loading import DTYPES
 from rayllm.models.optimizers import adamw_arguments, build_optimizer, parameter_groups
@@ -283,10 +283,17 @@ class Engine:
         """
         if self._learner.zero_stage == 3:
             self._engine.optimizer.checkpoint_event_prologue()  # small weights are kept whole beside their parts
-        facts = read_pieces(
-            self._pieces(), trained_sizes(self.module), self._inner.state, folder,
-            make_step=partial(make_step, self._inner, self.device),
-        )  # fmt: skip
+        facts, problem = {}, None
+        try:
+            facts = read_pieces(
+                self._pieces(), trained_sizes(self.module), self._inner.state, folder,
+                make_step=partial(make_step, self._inner, self.device),
+            )  # fmt: skip
+        except CheckpointError as error:
+            problem = str(error)
+        for found in self.gather(problem):
+            if found is not None:
+                raise CheckpointError(found)
         self._updates, self._skipped_in_a_row = int(facts["updates"]), int(facts["skipped_in_a_row"])
         refresh_weights(self._engine.optimizer, zero_stage=self._learner.zero_stage)
 
