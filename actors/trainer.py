@@ -249,7 +249,7 @@ class _Loop:
         if problem is not None:
             self._tell(StepEvent(step, notes=(self.checkpoints.failed(step, problem),)))
             return
-        self._history = []
+        self._history, self.checkpoints.missed = [], 0
         self._tell(StepEvent(step, saved=True))
         checkpoint = ray.train.Checkpoint.from_directory(self.checkpoints.at(step)) if rank_zero else None
         ray.train.report(

@@ -131,7 +131,8 @@ class Checkpoints:
         self.folder, self.keep, self.max_gib = folder, keep, max_gib
         self.refused: list[str] = []
         """What `newest` passed over, and why."""
-        self._missed = 0
+        self.missed = 0
+        """Saves in a row that failed."""
 
     def steps(self) -> list[int]:
         """Of the complete checkpoints, oldest first."""
@@ -221,7 +222,7 @@ class Checkpoints:
         _flush(self.folder)
         check(final, content=False)  # every part was read back by its writer; here: all of them arrived
         self._point_to(final)
-        self._missed = 0
+        self.missed = 0
         self._remove_old()
         return final
 
@@ -232,10 +233,10 @@ class Checkpoints:
             RuntimeError: more than `MAX_MISSED` in a row.
         """
         shutil.rmtree(self.partial(step), ignore_errors=True)
-        self._missed += 1
+        self.missed += 1
         told = f"no checkpoint of step {step}: {problem}"
-        if self._missed > MAX_MISSED:
-            raise RuntimeError(f"{told}; {self._missed} saves in a row failed")
+        if self.missed > MAX_MISSED:
+            raise RuntimeError(f"{told}; {self.missed} saves in a row failed")
         return told
 
     def _latest(self) -> int | None:
