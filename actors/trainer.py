@@ -209,12 +209,17 @@ class _Loop:
         self._stop_asked = _StopAsked(mailbox)
 
     def resume(self) -> int | None:
-        """Continue from the newest checkpoint that is whole; returns the steps done, None where there is none."""
+        """Continue from the newest checkpoint that is whole; returns the steps done, None where there is none.
+
+        Raises:
+            CheckpointError: all are damaged, or there is no room for another one.
+        """
         found, problem = None, None
         if self.engine.rank == 0:
             try:
                 found = self.checkpoints.newest()
-            except CheckpointError as error:
+                self.checkpoints.require_room(self.engine.checkpoint_bytes)
+            except (CheckpointError, OSError) as error:
                 problem = str(error)
         found, problem, notes = self.engine.gather((found, problem, tuple(self.checkpoints.refused)))[0]
         if problem is not None:

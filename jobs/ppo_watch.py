@@ -214,6 +214,10 @@ class Watch:
         """Continue from the newest checkpoint, or measure the start; ``startup`` is logged with it."""
         refused = self.job.fetch_checkpoint()
         found = self.checkpoints.newest()
+        try:
+            self.checkpoints.require_room(self.roles.checkpoint_bytes())
+        except OSError as error:
+            raise RuntimeError(str(error)) from None
         for note in refused + self.checkpoints.refused:
             self._tell(note)
         if found is None:

@@ -182,16 +182,25 @@ class Checkpoints:
         partial = self.partial(step)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        needed = num_bytes + num_bytes // 50 + 2**20
-        old = {step: folder_bytes(self.at(step)) for step in self.steps()[:-1]}
-        free = shutil.disk_usage(self.folder).free
-        if free + sum(old.values()) < needed:
-            raise OSError(errno.ENOSPC, f"a checkpoint needs {_gib(needed)}, free are {_gib(free)}", str(self.folder))
-        for step, size in old.items():
-            if free < needed:
-                shutil.rmtree(self.at(step))
-                free += size
+        missing = self.require_room(num_bytes)
+        for old in self.steps()[:-1]:
+            if missing > 0:
+                missing -= folder_bytes(self.at(old))
+                shutil.rmtree(self.at(old))
         return partial
+
+    def require_room(self, num_bytes: int) -> int:
+        """Bytes of older checkpoints that must go before ``num_bytes`` more can be written; 0 or less: none.
+
+        Raises:
+            OSError: no room, even without all of them but the newest.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed = num_bytes + num_bytes // 50 + 2**20
+        free = shutil.disk_usage(self.folder).free
+        if free + sum(folder_bytes(self.at(step)) for step in self.steps()[:-1]) < needed:
+            raise OSError(errno.ENOSPC, f"a checkpoint needs {_gib(needed)}, free are {_gib(free)}", str(self.folder))
+        return needed - free
 
     def commit(self, step: int, files: Mapping[str, FileRecord], state: Mapping[str, Any]) -> Path:
         """Make the partial folder the newest checkpoint; then old ones go.
