@@ -31,8 +31,6 @@ def rayllm(
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> tuple[Path, str]:
     """(run folder, output) of a finished pipeline."""
-    if os.environ.get("TINY_RUN"):
-        return Path(os.environ["TINY_RUN"]), ""
     run_dir = tmp_path_factory.mktemp("pipeline") / "run"
     done = rayllm("pipeline", "--config", TINY, f"run_dir={run_dir}")
     assert done.returncode == 0, done.stdout
