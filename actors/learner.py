@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -15,6 +14,7 @@ import torch
 
 from actors.environment import backend, device_of
 from actors.scoring import per_token_in_parts, select
+from rayllm.checkpoints import Files
 from rayllm.config.ppo import PPOConfig
 from rayllm.config.rl import LearnerActorsConfig
 from rayllm.data.balancing import balanced_partition, micro_batches_by_tokens, with_num_parts
@@ -133,14 +133,19 @@ class LearnerActor:
         yield
         self.rest()
 
-    def save(self, folder: str, state: dict[str, Any]) -> None:
-        """This rank's part of a checkpoint."""
-        self.engine.save(Path(folder), state)
+    def checkpoint_bytes(self) -> int:
+        """Of all ranks' parts, about."""
+        return self.engine.checkpoint_bytes
 
-    def load(self, folder: str) -> dict[str, Any]:
-        """Continue from a checkpoint; returns its state."""
+    def save(self, folder: str) -> Files:
+        """This rank's part of a checkpoint; returns what was written."""
         with self.turn():
-            return self.engine.load(Path(folder))
+            return self.engine.save(Path(folder))
+
+    def load(self, folder: str) -> None:
+        """Continue from a checkpoint."""
+        with self.turn():
+            self.engine.load(Path(folder))
 
 
 def _lengths(experience: Experience) -> list[int]:

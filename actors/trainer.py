@@ -7,7 +7,6 @@ driver makes the task, every worker gets a copy.
 from __future__ import annotations
 
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 
 from actors.environment import backend, worker_env
 from actors.progress import StepEvent, start_progress_actor
+from rayllm.checkpoints import CheckpointError, Checkpoints, Files, read_state
 from rayllm.config.common import TrainConfig
 from rayllm.models.engine import Engine, init_distributed
 
@@ -64,14 +64,22 @@ class TrainTask(Protocol):
 
 
 def fit(
-    task: TrainTask, run_dir: Path, on_event: Callable[[StepEvent], None], *, selector: dict[str, str] | None = None
+    task: TrainTask,
+    run_dir: Path,
+    on_event: Callable[[StepEvent], None],
+    *,
+    stop: Callable[[], bool],
+    selector: dict[str, str] | None = None,
 ) -> None:
     """Train ``task`` on Ray Train workers until it is done, resuming from ``run_dir/checkpoints``.
+
+    When workers die the group starts again from the newest whole checkpoint, ``workers.max_failures`` times.
 
     Args:
         task: see `TrainTask`.
         run_dir: storage shared by driver and workers.
-        on_event: called in the driver for every logged step.
+        on_event: called in the driver for every logged step and every checkpoint.
+        stop: asked again and again; once it says yes, the workers finish their step, save and end without a model.
         selector: labels of the nodes that the workers go to.
 
     Raises:
@@ -79,11 +87,13 @@ def fit(
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # else every report waits up to 2 s
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers = task.config.workers
     mailbox = start_progress_actor()
+    # Which checkpoints there are is told by their manifests; Ray's own list of them would be of an earlier attempt.
+    (run_dir / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     environment = {"env_vars": worker_env(workers.gpus_per_worker)}
     trainer = TorchTrainer(
         _train_worker,
@@ -99,13 +109,18 @@ def fit(
             name="checkpoints",
             storage_path=str(run_dir.absolute()),
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=task.config.checkpoint.keep),
             worker_runtime_env=environment,  # type: ignore[call-arg]  # the stub is that of Train V1
         ),
     )
     training = _in_thread(trainer.fit)
+    began = stopping = False
     while not training.done():
-        _drain(mailbox, on_event)
+        began = _drain(mailbox, on_event) or began
+        if stop() and not stopping:
+            if not began:  # there is nothing to save
+                return
+            stopping = True
+            ray.get(mailbox.stop.remote())
         wait([training], timeout=POLL_SECONDS)
     _drain(mailbox, on_event)
     try:
@@ -145,10 +160,11 @@ def _in_thread(call: Callable[[], object]) -> Future:
     return future
 
 
-def _drain(mailbox: Any, on_event: Callable[[StepEvent], None]) -> None:
+def _drain(mailbox: Any, on_event: Callable[[StepEvent], None]) -> bool:
     events: list[StepEvent] = ray.get(mailbox.drain.remote())
     for event in events:
         on_event(event)
+    return bool(events)
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
@@ -158,43 +174,28 @@ def _train_worker(settings: dict[str, Any]) -> None:
     if os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     task: TrainTask = settings["task"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    rank = ray.train.get_context().get_world_rank()
     init_distributed(backend(task.config.workers.gpus_per_worker))
     engine = Engine(task.build(), task.config.optimizer, task.config.learner)
     task.prepare(engine, Path(settings["run_dir"]))
-    checkpoint = ray.train.get_checkpoint()
-    first = 0
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            first = int(engine.load(Path(folder))["step"])
-    loop = _Loop(task, engine, settings["mailbox"] if rank == 0 else None, rank, world_size)
-    loop.push(first, {}, restarted=True)
-    if first in (0, task.num_steps):
-        loop.evaluate(first)
-    for step in range(first, task.num_steps):
-        loop.step(step)
-        if (step + 1) % task.config.eval_every == 0 or step + 1 == task.num_steps:
-            loop.evaluate(step + 1)
-        if (step + 1) % task.config.checkpoint.every_steps == 0 or step + 1 == task.num_steps:
-            _save_checkpoint(engine, step + 1)
+    mailbox = settings["mailbox"] if rank == 0 else None
+    loop = _Loop(task, engine, Path(settings["run_dir"]) / "checkpoints", mailbox)
+    first = loop.resume()
+    if first is None:
+        loop.evaluate(0)
+    for step in range(first or 0, task.num_steps):
+        stopping, done = loop.step(step), step + 1
+        if done % task.config.eval_every == 0 or done == task.num_steps:
+            loop.evaluate(done)
+        if stopping or done % task.config.checkpoint.every_steps == 0 or done == task.num_steps:
+            loop.save(done)
+        if stopping:
+            return
     model_dir = Path(settings["run_dir"]) / "model"
     weights = engine.state_dict()
     engine.save_adapter(model_dir / "adapter")
     if rank == 0:
         task.save(engine.module, weights, model_dir)
-
-
-def _save_checkpoint(engine: Engine, step: int) -> None:
-    import ray.train
-
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save(Path(folder), {"step": step})
-        ray.train.report(
-            {"step": step},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"step-{step:06d}",
-        )
 
 
 class _Loop:
@@ -203,32 +204,96 @@ class _Loop:
     LOG_EVERY_SECONDS = 1.0
 
     def __init__(
-        self,
-        task: TrainTask,
-        engine: Engine,
-        mailbox: ray.actor.ActorHandle | None,
-        rank: int,
-        world_size: int,
+        self, task: TrainTask, engine: Engine, folder: Path, mailbox: ray.actor.ActorHandle | None
     ) -> None:
         self.task, self.engine, self.mailbox = task, engine, mailbox
-        self.rank, self.world_size = rank, world_size
+        checkpoint = task.config.checkpoint
+        self.checkpoints = Checkpoints(folder, keep=checkpoint.keep, max_gib=checkpoint.max_gib)
         self._tokens = self._skipped = 0
+        self._metrics: dict[str, float] = {}
+        self._history: list[tuple[int, dict[str, float]]] = []
         self._logged_at = time.monotonic()
+        self._stop_asked = _StopAsked(mailbox)
 
-    def step(self, step: int) -> None:
-        config = self.task.config
-        micro_batches = self.task.micro_batches(step, self.rank, self.world_size)
-        self.task.begin_step(self.engine, micro_batches)
-        learning_rate = config.optimizer.learning_rate_at(step, self.task.num_steps)
-        stats = self.engine.update(
-            micro_batches, lambda batch: self.task.loss(self.engine, batch), learning_rate=learning_rate
+    def resume(self) -> int | None:
+        """Continue from the newest checkpoint that is whole; returns the steps done, None where there is none.
+
+        Raises:
+            CheckpointError: all are damaged, or there is no room for another one.
+        """
+        found, problem = None, None
+        if self.engine.rank == 0:
+            try:
+                found = self.checkpoints.newest()
+                self.checkpoints.require_room(self.engine.checkpoint_bytes)
+            except (CheckpointError, OSError) as error:
+                problem = str(error)
+        found, problem, notes = self.engine.gather((found, problem, tuple(self.checkpoints.refused)))[0]
+        if problem is not None:
+            raise CheckpointError(problem)
+        if found is None:
+            self._tell(StepEvent(-1, restarted=True))
+            return None
+        step, folder = found
+        self.engine.load(folder)
+        state = read_state(folder)
+        self._skipped = state["skipped"]
+        history = tuple((past, metrics) for past, metrics in state["history"])
+        if notes:
+            notes += (f"continues from {folder}",)
+        self._tell(StepEvent(step, notes=notes, restarted=True, history=history))
+        return int(step)
+
+    def save(self, step: int) -> None:
+        """A checkpoint of all ranks, reported to Ray Train; without room for it the run goes on, a few times."""
+        import ray.train
+
+        rank_zero, folder = self.engine.rank == 0, self.checkpoints.partial(step)
+        problem = self._agree(lambda: self.checkpoints.prepare(step, self.engine.checkpoint_bytes), do=rank_zero)
+        files: Files = {}
+        if problem is None:
+            problem = self._agree(lambda: files.update(self.engine.save(folder)))
+        for written in self.engine.gather(files):
+            files.update(written)
+        state = {"step": step, "skipped": self._skipped, "history": self._history}
+        if problem is None:
+            problem = self._agree(lambda: self.checkpoints.commit(step, files, state), do=rank_zero)
+        if problem is not None:
+            self._tell(StepEvent(step, notes=(self.checkpoints.failed(step, problem),)))
+            return
+        self._history, self.checkpoints.missed = [], 0
+        self._tell(StepEvent(step, saved=True))
+        checkpoint = ray.train.Checkpoint.from_directory(self.checkpoints.at(step)) if rank_zero else None
+        ray.train.report(
+            {"step": step, **self._metrics},
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
         )
+
+    def _agree(self, work: Callable[[], object], *, do: bool = True) -> str | None:
+        """Do the work where ``do``; every rank learns of the first problem that one of them has with the disk."""
+        problem = None
+        if do:
+            try:
+                work()
+            except OSError as error:
+                problem = f"rank {self.engine.rank}: {error}"
+        return next((found for found in self.engine.gather(problem) if found is not None), None)
+
+    def step(self, step: int) -> bool:
+        """One optimizer step; returns whether the job should end."""
+        config, engine = self.task.config, self.engine
+        micro_batches = self.task.micro_batches(step, engine.rank, engine.world_size)
+        self.task.begin_step(engine, micro_batches)
+        learning_rate = config.optimizer.learning_rate_at(step, self.task.num_steps)
+        stats = engine.update(micro_batches, lambda batch: self.task.loss(engine, batch), learning_rate=learning_rate)
         self._skipped += stats.skipped
         self._tokens += sum(self.task.num_tokens(batch) for batch in micro_batches)
-        loss, tokens = self.engine.sum_tensor(torch.tensor([stats.loss, self._tokens], dtype=torch.float64)).tolist()
-        more = self.task.step_metrics(self.engine)
+        sums = torch.tensor([stats.loss, self._tokens, self._stop_asked()], dtype=torch.float64)
+        loss, tokens, stopping = engine.sum_tensor(sums).tolist()
+        more = self.task.step_metrics(engine)
         seconds = time.monotonic() - self._logged_at
-        if self.mailbox is not None and (seconds > self.LOG_EVERY_SECONDS or step + 1 == self.task.num_steps):
+        if seconds > self.LOG_EVERY_SECONDS or step + 1 == self.task.num_steps:
             metrics = {
                 "train/lr": stats.learning_rate,
                 "perf/tokens_per_second": tokens / seconds,
@@ -237,18 +302,39 @@ class _Loop:
                 metrics["train/skipped_steps"] = float(self._skipped)
             if not stats.skipped:
                 metrics |= {"train/loss": loss, "train/grad_norm": stats.grad_norm, **more}
-            self.push(step + 1, metrics)
+            self.log(step + 1, metrics)
         if seconds > self.LOG_EVERY_SECONDS:
             self._tokens, self._logged_at = 0, time.monotonic()
+        return stopping > 0
 
     def evaluate(self, step: int) -> None:
         began = time.monotonic()
         self.engine.train(False)
         with torch.no_grad():
             metrics = self.task.evaluate(self.engine)
-        self.push(step, metrics)
+        self.log(step, metrics)
         self._logged_at += time.monotonic() - began
 
-    def push(self, step: int, metrics: dict[str, float], *, restarted: bool = False) -> None:
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._metrics.update(metrics)
+        self._history.append((step, metrics))
+        self._tell(StepEvent(step, metrics))
+
+    def _tell(self, event: StepEvent) -> None:
         if self.mailbox is not None:
-            self.mailbox.push.remote(StepEvent(step, metrics, restarted))
+            self.mailbox.push.remote(event)
+
+
+class _StopAsked:
+    """Whether the driver wants the workers to stop; asking never waits for the answer."""
+
+    def __init__(self, mailbox: ray.actor.ActorHandle | None) -> None:
+        self._mailbox = mailbox
+        self._answer: Any = None if mailbox is None else mailbox.stopping.remote()
+
+    def __call__(self) -> bool:
+        if self._mailbox is None or not ray.wait([self._answer], timeout=0)[0]:
+            return False
+        answer: bool = ray.get(self._answer)
+        self._answer = self._mailbox.stopping.remote()
+        return answer

@@ -86,5 +86,8 @@ class FakeModelActor:
     def text_logprobs(self, token_ids: list[int]) -> list[float]:
         return [0.0] * (len(token_ids) - 1)
 
-    def save(self, folder: str, state: dict[str, Any]) -> None:
-        return None
+    def checkpoint_bytes(self) -> int:
+        return 0
+
+    def save(self, folder: str) -> dict[str, Any]:
+        return {}

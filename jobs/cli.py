@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -18,7 +16,8 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 
-from rayllm.config.base import Config, describe_fields, is_on_hub, load_config
+from jobs import stopping
+from rayllm.config.base import Config, describe_fields, is_on_hub, is_remote, load_config
 from rayllm.errors import InputError
 from rayllm.lineage import config_inputs
 from rayllm.startup import without_garbage_collection
@@ -26,10 +25,7 @@ from rayllm.startup import without_garbage_collection
 LOG_WIDTH = 140
 """Columns of tables and paragraphs when the output goes to a file or a pipe."""
 
-_terminated: list[int] = []
-"""Holds SIGTERM once it came."""
-
-EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+EXIT_FAILED, EXIT_INPUT = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_INPUT)
     except KeyboardInterrupt:
         console.print("stopped; the same command continues where it was", highlight=False)
-        sys.exit(EXIT_TERMINATED if _terminated else EXIT_INTERRUPTED)
+        sys.exit(stopping.status())
 
 
 def main_of(name: str) -> None:
@@ -143,9 +139,14 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
         if isinstance(loaded.config, PipelineConfig):
             return submit_stages(given, loaded.config, parsed.address, console)
         return submit(command.module, given, loaded.config, parsed.address, console)
-    signal.signal(signal.SIGTERM, _terminate)
-    if any(is_on_hub(path) for path in config_inputs(loaded.config).values()):
+    stopping.install()
+    inputs = config_inputs(loaded.config).values()
+    if any(map(is_on_hub, inputs)):
         from rayllm.hub import fetch_inputs
+
+        loaded = fetch_inputs(loaded)
+    if any(map(is_remote, inputs)):
+        from rayllm.storage import fetch_inputs
 
         loaded = fetch_inputs(loaded)
     with without_garbage_collection():
@@ -234,13 +235,6 @@ def print_command_help(console: Console, name: str, command: Command) -> None:
         console.print(f"  [bold cyan]{key}[/bold cyan]  [dim]{escape(kind)}, {escape(default)}[/dim]", highlight=False)
         if doc:
             console.print(Padding(escape(doc), (0, 0, 0, 6)), highlight=False)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds like Ctrl-C, so that everything is cleaned up. Only a KeyboardInterrupt passes through a call of
-    Ray: a SystemExit becomes status 1, and a subclass becomes its parent."""
-    _terminated.append(signum)
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ from rich.markup import escape
 
 from jobs.session import ray_session
 from rayllm.config.base import Loaded
-from rayllm.config.pipeline import PipelineConfig
+from rayllm.config.pipeline import WIRING, PipelineConfig
 from rayllm.report.html import write_report
 from rayllm.report.run import Run
 from rayllm.report.terminal import shown_path
+from rayllm.storage import StoredRun
 
 NEEDS_RAY = ("pretrain", "sft", "label", "reward_model", "ppo", "evaluate")
 
@@ -42,6 +43,9 @@ def run(loaded: Loaded[PipelineConfig], console: Console, *, verbose: bool = Fal
     config = loaded.config
     began = time.monotonic()
     skipped: list[str] = []
+    if config.storage_path is not None:
+        for stage in WIRING:
+            StoredRun(f"{config.storage_path}/{stage}", config.run_dir / stage).pull()
     with ExitStack() as stack:
         for number, stage in enumerate(config.stages, start=1):
             if stage in NEEDS_RAY and not is_done(stage, loaded):

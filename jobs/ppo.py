@@ -58,6 +58,7 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
                     PolicyActor.experience, shards, *given, mix=mix, kl_coef=controls.kl_coef
                 )
                 wait(experience)
+            watch.learning()
             with watch.timed("time/update"):
                 roles.sleep_engines()
                 metrics = roles.update(experience, step=step, kl_coef=controls.kl_coef)
@@ -141,7 +142,8 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
                     batches, controls = Batches(roles, prompts, config), Controls(config)
                     watch = Watch(job, config, roles, batches, controls, progress, held_out, tokenizer)
                     watch.resume({f"startup/{name}": value for name, value in started.items()})
-                    train(roles, batches, controls, config, watch)
+                    with watch.saved_on_stop():
+                        train(roles, batches, controls, config, watch)
                 roles.export(job)
         job.finish(watch.last, model_parameters=count_stored_parameters(job.model_dir))
         print_done(console, job, {name: value for name, value in watch.last.items() if name in SHOWN})

@@ -78,11 +78,22 @@ class Batches:
         return {
             "prompts": list(self.stream.position),
             "drawn": self._drawn,
+            "num_shards": self.config.num_shards,
             "ahead": [[part.step, astuple(part.span)] for part in parts],
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on after a checkpoint."""
+        """Go on after a checkpoint.
+
+        Raises:
+            RuntimeError: what was under way is cut for other numbers of ranks.
+        """
+        if state["ahead"] and state["num_shards"] != self.config.num_shards:
+            raise RuntimeError(
+                f"the checkpoint has rollouts under way in {state['num_shards']} shards a step, these numbers of "
+                f"actors make {self.config.num_shards}; continue with the same policy.num_actors, critic.num_actors "
+                "and rollout.num_actors (any will do with max_policy_lag=0)"
+            )
         epoch, taken = state["prompts"]
         self.stream.position = (epoch, taken)
         self._drawn = state["drawn"]

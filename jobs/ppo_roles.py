@@ -19,12 +19,14 @@ from actors.fleet import (
     start_rollout_actors,
 )
 from actors.group import ActorGroup, Role, collect
+from actors.learner import LearnerActor
 from actors.placement import Placement
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.rollout import RolloutActor, Sent
 from actors.weight_group import Seat
 from jobs.ppo_rewards import RewardGroups
+from rayllm.checkpoints import Files
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.models.loading import max_positions, vocabulary_size
@@ -240,25 +242,45 @@ class Roles:
             weights = self.policy.call(PolicyActor.publish_weights, step)[0]
             self.reference.call(ReferenceActor.move, weights, ema=self.config.reference.ema)
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """A checkpoint of everything that changes in a run."""
-        saves = self.policy.submit(PolicyActor.save, str(folder / "policy"), state)
+    def checkpoint_bytes(self) -> int:
+        """Of a checkpoint, about."""
+        sizes = self.policy.submit(LearnerActor.checkpoint_bytes, rank=0)
         if self.critic is not None:
-            saves += self.critic.submit(CriticActor.save, str(folder / "critic"), {})
+            sizes += self.critic.submit(LearnerActor.checkpoint_bytes, rank=0)
+        return sum(collect(sizes, "checkpoint"))
+
+    def save(self, folder: Path) -> Files:
+        """A checkpoint of everything that changes in a run; returns what was written, as far as its writers told.
+
+        Raises:
+            OSError: a rank could not write its part.
+        """
+        saves = self.policy.submit(PolicyActor.save, str(folder / "policy"))
+        if self.critic is not None:
+            saves += self.critic.submit(CriticActor.save, str(folder / "critic"))
         if self.reference is not None and self.config.reference.update_every is not None:
             saves += self.reference.submit(ReferenceActor.save, str(folder / "reference"), rank=0)
-        collect(saves, "checkpoint")
+        ray.wait(saves, num_returns=len(saves))  # none still writes when one has failed
+        files: Files = {}
+        try:
+            for written in collect(saves, "checkpoint"):
+                files.update(written or {})
+        except RuntimeError as error:
+            cause = getattr(error.__cause__, "cause", None)
+            if isinstance(cause, OSError):
+                raise cause from error
+            raise
+        return files
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from a checkpoint; returns its state. The engines then want its weights (`sync_weights`)."""
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint. The engines then want its weights (`sync_weights`)."""
         self.sleep_engines()
         loads = self.policy.submit(PolicyActor.load, str(folder / "policy"))
-        others = [] if self.critic is None else self.critic.submit(CriticActor.load, str(folder / "critic"))
+        if self.critic is not None:
+            loads += self.critic.submit(CriticActor.load, str(folder / "critic"))
         if self.reference is not None and self.config.reference.update_every is not None:
-            others += self.reference.submit(ReferenceActor.load, str(folder / "reference"))
-        state: dict[str, Any] = collect(loads, "checkpoint")[0]
-        collect(others, "checkpoint")
-        return state
+            loads += self.reference.submit(ReferenceActor.load, str(folder / "reference"))
+        collect(loads, "checkpoint")
 
     def export(self, job: Run) -> None:
         """Write the model folders, once the last sync is proved."""

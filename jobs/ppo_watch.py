@@ -8,23 +8,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from rich.markup import escape
 
 from actors.fleet import generate
 from actors.group import collect
 from actors.policy import PolicyActor
 from actors.reward_source import SourceActor
 from actors.rollout import RolloutActor
+from jobs import stopping
 from jobs.judging import judge_rollouts
 from jobs.ppo_batches import Batches
 from jobs.ppo_rewards import RewardScales, ShardScores, check_any_left, problems, step_metrics
 from jobs.ppo_roles import Roles
+from jobs.session import cluster_lives
 from rayllm.algorithms.kl import next_kl_coef
+from rayllm.checkpoints import Checkpoints, read_state
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.data.rollout import collate
 from rayllm.data.scores import Mix, mixed, stats
 from rayllm.data.text import held_out_text
-from rayllm.models.checkpoint import Checkpoints
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress
 from rayllm.world.summary import summarize
@@ -100,8 +103,12 @@ class Watch:
         self.job, self.config, self.roles, self.progress = job, config, roles, progress
         self.batches, self.controls = batches, controls
         self.held_out, self.tokenizer = held_out, tokenizer
-        self.checkpoints = Checkpoints(job.checkpoints_dir.absolute(), keep=config.checkpoint.keep)
+        self.checkpoints = Checkpoints(
+            job.checkpoints_dir.absolute(), keep=config.checkpoint.keep, max_gib=config.checkpoint.max_gib
+        )
         self.first_step = 0
+        self._boundary: dict[str, Any] | None = None
+        """What a checkpoint needs beside the learners: as it was when the last step ended."""
         self.last: dict[str, float] = {}
         self._times: dict[str, float] = {}
         documents, limit = config.eval.documents, config.max_bad_rows
@@ -125,10 +132,45 @@ class Watch:
         for problem in self.controls.problems:
             self.job.note(f"step {step}: {problem}")
         self.progress.update(step, {name: value for name, value in metrics.items() if name in SHOWN})
+        self._boundary = self._state(step)
         if step % self.config.checkpoint.every_steps == 0 or step == self.config.num_steps:
-            state = {"step": step, **self.batches.state(), **self.controls.state()}
-            with self.checkpoints.writing(step) as folder:
-                self.roles.save(folder, state)
+            self._save(self._boundary)
+        stopping.release()
+
+    def learning(self) -> None:
+        """From here on the weights change: the step is finished, up to `after`, before a signal ends the run."""
+        stopping.hold()
+
+    @contextmanager
+    def saved_on_stop(self) -> Iterator[None]:
+        """A run that is stopped inside leaves a checkpoint of the last finished step."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            state = self._boundary
+            with stopping.held():
+                if state is not None and state["step"] not in self.checkpoints.steps() and cluster_lives():
+                    self.roles.rollout.stop()  # what is being sampled is drawn again; nobody waits for it
+                    self._save(state)
+            raise
+
+    def _state(self, step: int) -> dict[str, Any]:
+        return {"step": step, **self.batches.state(), **self.controls.state()}
+
+    def _save(self, state: dict[str, Any]) -> None:
+        """A checkpoint; without room for it the run goes on, a few times."""
+        step = state["step"]
+        try:
+            folder = self.checkpoints.prepare(step, self.roles.checkpoint_bytes())
+            self.checkpoints.commit(step, self.roles.save(folder), state)
+        except OSError as error:
+            self._tell(self.checkpoints.failed(step, str(error)))
+        else:
+            self.job.store_checkpoint(step, keep=self.config.checkpoint.keep)
+
+    def _tell(self, note: str) -> None:
+        self.job.note(note)
+        self.progress.console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False, soft_wrap=True)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out prompts, sampled as in training, by the reward model and, if asked for, the gold judge; and
@@ -170,16 +212,25 @@ class Watch:
 
     def resume(self, startup: dict[str, float]) -> None:
         """Continue from the newest checkpoint, or measure the start; ``startup`` is logged with it."""
-        found = self.checkpoints.latest()
+        refused = self.job.fetch_checkpoint()
+        found = self.checkpoints.newest()
+        try:
+            self.checkpoints.require_room(self.roles.checkpoint_bytes())
+        except OSError as error:
+            raise RuntimeError(str(error)) from None
+        for note in refused + self.checkpoints.refused:
+            self._tell(note)
         if found is None:
             self.job.rewind(-1)
             self.job.log(0, startup | self.evaluate())
+            self._boundary = self._state(0)
             return
         step, folder = found
-        state = self.roles.load(folder)
+        state = read_state(folder)
+        self.roles.load(folder)
         self.controls.load(state)
         self.job.rewind(step)
         self.roles.sync_weights(version=step)
         self.batches.load(state)
         self.first_step = step
-
+        self._boundary = state

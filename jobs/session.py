@@ -19,11 +19,15 @@ import psutil
 import ray
 from ray.exceptions import AuthenticationError
 
+from jobs import stopping
+from jobs.stopping import SIGNALS
 from rayllm.errors import InputError
 
 TEMP_PREFIX = "rayllm-"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KILL_AFTER_S = 15.0
+
+_own_cluster: list[Path] = []
+"""Folder of the cluster that this process has started."""
 
 
 @contextmanager
@@ -55,6 +59,7 @@ def ray_session(
     _remove_stale_sessions()
     folder = Path(tempfile.mkdtemp(prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir="/tmp"))
     before = set(psutil.Process().children(recursive=True))
+    _own_cluster.append(folder)
     cluster = _Starting(folder, log_to_driver=verbose, logging_level=level)
 
     def started() -> None:
@@ -66,15 +71,17 @@ def ray_session(
             started()
         yield started
     finally:
-        _ignore_signals()  # nothing interrupts the clean-up half way
-        with suppress(BaseException):  # raised to whoever waited for it
-            cluster.wait()
-        _stop_cluster(before)
-        cluster.end()
-        if logs_dir is not None:
-            _keep_logs(folder, logs_dir)
-        shutil.rmtree(folder, ignore_errors=True)
         _put_back(handlers)
+        with _uninterrupted():
+            with suppress(BaseException):  # raised to whoever waited for it
+                cluster.wait()
+            _stop_cluster(before)
+            cluster.end()
+            if logs_dir is not None:
+                _keep_logs(folder, logs_dir)
+            shutil.rmtree(folder, ignore_errors=True)
+            _own_cluster.remove(folder)
+            _put_back(handlers)
 
 
 def _connect(address: str, **options: Any) -> None:
@@ -157,7 +164,10 @@ def _stop_cluster(before: set[psutil.Process]) -> None:
 
 
 def cluster_lives() -> bool:
-    """False if whoever stopped this job signalled Ray's daemons too, as `kill -- -GROUP` and systemd do."""
+    """False if whoever stopped this job signalled Ray's daemons too, as `kill -- -GROUP` and systemd do. A cluster that
+    this process only connected to counts as alive."""
+    if not _own_cluster:
+        return True
     time.sleep(0.2)
     daemons = [p for p in psutil.Process().children() if _is_daemon(p)]
     return bool(daemons) and all(_is_running(daemon) for daemon in daemons)
@@ -216,5 +226,12 @@ def _put_back(handlers: dict[signal.Signals, Any]) -> None:
             signal.signal(signum, handler)
 
 
-def _ignore_signals() -> None:
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Nothing ends the clean-up half way but a second signal in a job that minds it."""
+    if stopping.installed():
+        with stopping.held():
+            yield
+        return
     _put_back({signum: signal.SIG_IGN for signum in SIGNALS})
+    yield

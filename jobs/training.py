@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.markup import escape
 
 from actors.group import Role
 from actors.placement import reserve
 from actors.progress import StepEvent
 from actors.trainer import TrainTask, fit
-from jobs.session import ray_session
+from jobs import stopping
+from jobs.session import cluster_lives, ray_session
 from rayllm.config.common import TrainConfig
 from rayllm.models.loading import count_stored_parameters
 from rayllm.report.run import Run
@@ -22,13 +24,23 @@ def train(run: Run, task: TrainTask, console: Console, *, verbose: bool) -> None
     final: dict[str, float] = {}
 
     def on_event(event: StepEvent) -> None:
+        for note in event.notes:
+            run.note(note)
+            console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False, soft_wrap=True)
         if event.restarted:
-            run.rewind(event.step)
+            run.rewind(event.step, event.history)
+            for _, metrics in event.history:
+                final.update(metrics)
+        if event.saved:
+            run.store_checkpoint(event.step, keep=task.config.checkpoint.keep)
+        if not event.metrics:
             return
         run.log(event.step, event.metrics)
         progress.update(event.step, event.metrics)
         final.update(event.metrics)
 
+    for refused in run.fetch_checkpoint():
+        on_event(StepEvent(0, notes=(refused,)))
     config = task.config.workers
     workers = Role("workers", config.num_workers, config.cpus_per_worker, config.gpus_per_worker)
     with ray_session(run.logs_dir, verbose=verbose):
@@ -36,9 +48,17 @@ def train(run: Run, task: TrainTask, console: Console, *, verbose: bool) -> None
             selector = held.seats(workers).selector
         with Progress(console, run.stage, task.num_steps) as progress:
             progress.status("starting workers")
-            fit(task, run.dir, on_event, selector=selector)  # in a placement group of Ray Train's own
+            with stopping.held():  # the workers are in a placement group of Ray Train's own
+                fit(task, run.dir, on_event, stop=_stop_asked, selector=selector)
     run.finish(headline(final), model_parameters=count_stored_parameters(run.model_dir))
     print_done(console, run, headline(final))
+
+
+def _stop_asked() -> bool:
+    """Raises KeyboardInterrupt if there are no workers left to ask."""
+    if stopping.asked() and not cluster_lives():
+        raise KeyboardInterrupt
+    return stopping.asked()
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:

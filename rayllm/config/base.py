@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,17 @@ HUB_PREFIX = "hf:/"
 def is_on_hub(path: Path) -> bool:
     """Whether a config's path names something on the hub, as ``hf://ORG/NAME``."""
     return str(path).startswith(HUB_PREFIX)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a config's path names something on storage, as ``s3://BUCKET/NAME``."""
+    return re.match(r"(?!hf:)[a-z][a-z0-9+.-]+:/", str(path)) is not None
+
+
+def as_uri(path: Path) -> str:
+    """The address that a remote path was given as; ``Path`` makes one slash of two."""
+    scheme, _, rest = str(path).partition(":/")
+    return f"{scheme}:///{rest}" if scheme == "file" else f"{scheme}://{rest}"
 
 
 class Config(BaseModel):
@@ -53,7 +65,7 @@ class Config(BaseModel):
             return {key: cls._absolute(item) for key, item in value.items()}
         if isinstance(value, tuple):
             return tuple(cls._absolute(item) for item in value)
-        if not isinstance(value, Path) or is_on_hub(value):
+        if not isinstance(value, Path) or is_on_hub(value) or is_remote(value):
             return value
         return value.expanduser().absolute()
 

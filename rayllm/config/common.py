@@ -16,6 +16,10 @@ class JobConfig(Config):
     run_dir: Path
     """Folder of this run: its model, metrics, logs and checkpoints. The same command again continues in it."""
 
+    storage_path: str | None = None
+    """Where a verified copy of the run folder is kept for other clusters: a folder that all of them reach, `s3://...`,
+    `gs://...`. Checkpoints go there as they are made; the same command on another cluster continues from there."""
+
     seed: int = Field(0, ge=0)
     """Seed of everything random in this job."""
 
@@ -228,6 +232,9 @@ class CheckpointConfig(Config):
 
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+
+    max_gib: float | None = Field(None, gt=0)
+    """Most disk space that the kept ones take; the newest is kept whatever its size. Null: no bound."""
 
 
 class TrainConfig(DataJobConfig):

@@ -57,6 +57,10 @@ class PipelineConfig(Config):
     run_dir: Path
     """Folder of the whole run; each stage gets a folder below it."""
 
+    storage_path: str | None = None
+    """Where a verified copy of the whole run is kept, each stage in a folder below, as `storage_path` of the stages
+    says; stages that are done there need not run on this cluster."""
+
     seed: int = 0
     """Seed of every stage that names none."""
 
@@ -101,6 +105,8 @@ class PipelineConfig(Config):
             usual = {
                 "run_dir": str(root / stage), "seed": tree.get("seed", 0), "overwrite": True, **_below(root, inputs)
             }
+            if tree.get("storage_path"):
+                usual["storage_path"] = f"{tree['storage_path']}/{stage}"
             if "placement" in cls.model_fields[stage].annotation.model_fields:  # type: ignore[union-attr]
                 usual["placement"] = tree.get("placement") or {}
             if stage == "sft" and given.get("replay"):

@@ -7,18 +7,19 @@ world_size below undoes that.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from rayllm.checkpoints import CheckpointError, Files
 from rayllm.config.common import LearnerConfig, OptimizerConfig
 from rayllm.models.loading import DTYPES
 from rayllm.models.optimizers import adamw_arguments, build_optimizer, parameter_groups
@@ -33,6 +34,15 @@ from rayllm.models.partial import (
     is_adapter,
     peft_name,
     save_adapter,
+)
+from rayllm.models.pieces import (
+    Piece,
+    make_step,
+    pieces_of,
+    read_pieces,
+    refresh_weights,
+    trained_sizes,
+    write_pieces,
 )
 
 Batch = TypeVar("Batch")
@@ -85,7 +95,7 @@ class Engine:
         if learner.gradient_checkpointing:
             module.gradient_checkpointing_enable()  # type: ignore[operator]
         self._learner = learner
-        self._skipped_in_a_row = 0
+        self._updates = self._skipped_in_a_row = 0
         self._out = False
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -121,6 +131,8 @@ class Engine:
             RuntimeError: more than ``learner.max_skipped_steps`` steps in a row were skipped.
         """
         self._engine.train()
+        torch.manual_seed((self._updates << 16) + self.rank)  # of dropout: a resumed run draws what another would
+        self._updates += 1
         last = len(micro_batches) - 1
         total, poison = 0.0, 1.0
         for index, micro_batch in enumerate(micro_batches):
@@ -182,6 +194,13 @@ class Engine:
     def sum_over_ranks(self, value: float) -> float:
         """Sum of a number over all ranks; every rank must call it."""
         return float(self.sum_tensor(torch.tensor([value], dtype=torch.float64))[0])
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small object of every rank, in their order."""
+        found = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def sum_tensor(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of a small tensor over all ranks."""
@@ -260,32 +279,49 @@ class Engine:
         if self.rank == 0:
             save_adapter(self.module, tensors, folder)
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write weights, optimizer and ``state`` (JSON) so that `load` continues exactly; every rank must call it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=False)
-        if self.rank == 0:
-            (folder / "state.json").write_text(json.dumps({**state, "world_size": self.world_size}))
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of a checkpoint, about: weights and two moments in float32."""
+        return 12 * self.num_trained
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Read what `save` wrote; return its ``state``.
+    def save(self, folder: Path) -> Files:
+        """Write this rank's part of weights and optimizer, so that `load` continues exactly, on any number of ranks and
+        with any ZeRO stage; every rank must call it. Returns what was written."""
+        pieces = self._pieces()
+        if self._learner.zero_stage == 0:  # every rank has all of them
+            pieces = pieces[self.rank :: self.world_size]
+        facts = {"updates": str(self._updates), "skipped_in_a_row": str(self._skipped_in_a_row)}
+        return write_pieces(pieces, self._inner.state, folder, rank=self.rank, facts=facts)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote; every rank must call it.
 
         Raises:
-            RuntimeError: no complete checkpoint there, or one of another number of ranks.
+            CheckpointError: no complete checkpoint there, or one of another model.
         """
+        if self._learner.zero_stage == 3:
+            self._engine.optimizer.checkpoint_event_prologue()  # small weights are kept whole beside their parts
+        facts, problem = {}, None
         try:
-            state = json.loads((folder / "state.json").read_text())
-        except OSError as error:
-            raise RuntimeError(f"no complete checkpoint in {folder}: {error}") from None
-        if state.pop("world_size") != self.world_size:
-            raise RuntimeError(
-                f"the checkpoint in {folder} is of another number of ranks than {self.world_size}; "
-                "set the number of workers back, or start over with overwrite=true"
-            )
-        path, _ = self._engine.load_checkpoint(str(folder), tag="deepspeed")
-        if path is None:  # DeepSpeed's way to say that it found nothing
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
-        return state
+            facts = read_pieces(
+                self._pieces(), trained_sizes(self.module), self._inner.state, folder,
+                make_step=partial(make_step, self._inner, self.device),
+            )  # fmt: skip
+        except CheckpointError as error:
+            problem = str(error)
+        for found in self.gather(problem):
+            if found is not None:
+                raise CheckpointError(found)
+        self._updates, self._skipped_in_a_row = int(facts["updates"]), int(facts["skipped_in_a_row"])
+        refresh_weights(self._engine.optimizer, zero_stage=self._learner.zero_stage)
+
+    @property
+    def _inner(self) -> Any:
+        """The real optimizer."""
+        return getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+
+    def _pieces(self) -> list[Piece]:
+        return pieces_of(self.module, self._engine.optimizer, zero_stage=self._learner.zero_stage, rank=self.rank)
 
 
 def _optimizer(

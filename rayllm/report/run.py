@@ -20,7 +20,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -28,20 +28,23 @@ from typing import Any, Self
 
 import yaml
 
+from rayllm.checkpoints import MAX_MISSED
 from rayllm.config.base import Loaded
 from rayllm.config.common import JobConfig
 from rayllm.errors import InputError
 from rayllm.lineage import (
-    INDIFFERENT,
     code_version,
     config_inputs,
     content_id,
+    deciding_settings,
     fingerprint,
     is_model_dir,
     versions,
     write_json,
     write_manifest,
+    write_text,
 )
+from rayllm.storage import StorageError, StoredRun
 
 
 class Run:
@@ -61,6 +64,10 @@ class Run:
         self.fingerprint = fingerprint(stage, config, ids)
         self._ids = ids
         self._lock: Any = None
+        self._stored = None if config.storage_path is None else StoredRun(config.storage_path, self.dir)
+        self._missed = 0
+        if self._stored is not None:
+            self._stored.pull()
         before = self._previous()
         self.done = before is not None and before["status"] == "done"
         self.resuming = before is not None and not self.done
@@ -97,6 +104,8 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"run_dir: {self.dir} is in use by another process") from None
+        if self._stored is not None and not self.resuming:
+            self._stored.clear()
         self._began = time.monotonic()
         self._seconds_before = float(self.record.get("seconds") or 0.0)
         (self.dir / "config.yaml").write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
@@ -109,6 +118,8 @@ class Run:
         if kind is not None:
             stopped = issubclass(kind, KeyboardInterrupt)
             self._save(status="stopped" if stopped else "failed", error=None if stopped else str(error)[:4000])
+            if self._stored is not None:
+                self._try_to_store(self._stored.push)
         self._lock.close()
         (self.dir / ".lock").unlink(missing_ok=True)
 
@@ -136,14 +147,21 @@ class Run:
         """Append one line of text."""
         self._append({"t": round(self.seconds, 3), "kind": "note", "text": text})
 
-    def rewind(self, step: int) -> None:
-        """Forget the metrics after ``step`` steps: a resumed run makes them again."""
+    def rewind(self, step: int, history: Sequence[tuple[int, Mapping[str, float]]] = ()) -> None:
+        """Forget the metrics after ``step`` steps: a resumed run makes them again. Add what is missing of ``history``,
+        (step, metrics) in order: an earlier attempt made it, and ended before it was written."""
         path = self.dir / "events.jsonl"
-        if not path.is_file():
-            return
-        lines = [line for line in path.read_text().splitlines() if _complete(line)]
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if _complete(line)]
+            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+            write_text(path, "".join(line + "\n" for line in kept))
+            known = [json.loads(line) for line in kept]
+            logged = [(event["step"], event["metrics"]) for event in known if "metrics" in event]
+        else:
+            logged = []
+        for past, metrics in history:
+            if (past, dict(metrics)) not in logged:
+                self.log(past, metrics)
 
     def finish(self, metrics: Mapping[str, float], *, model_parameters: int | None = None) -> None:
         """Write the model's manifest, if the run made a model, and mark the run done."""
@@ -162,6 +180,43 @@ class Run:
                 "id": model_id, "path": str(self.model_dir), "parameters": model_parameters
             }
         self._save(status="done")
+        if self._stored is not None:
+            self._stored.push()
+
+    def store_checkpoint(self, step: int, *, keep: int) -> None:
+        """Copy a checkpoint, and the metrics up to it, to `storage_path`, where the newest ``keep`` stay; nothing
+        without one. While storage is out of reach the run goes on, a few times.
+
+        Raises:
+            StorageError: too many copies in a row failed.
+        """
+        folder = self.checkpoints_dir / f"step-{step:06d}"
+        stored = self._stored
+        if stored is None or not folder.is_dir():  # a newer one is there already
+            return
+
+        def store() -> None:
+            stored.push()
+            stored.push_checkpoint(folder, keep=keep)
+
+        self._missed = 0 if self._try_to_store(store) else self._missed + 1
+        if self._missed > MAX_MISSED:
+            raise StorageError(f"{self._missed} copies in a row to storage_path={self.config.storage_path} failed")
+
+    def fetch_checkpoint(self) -> list[str]:
+        """Get a newer checkpoint from `storage_path`; returns what was refused there."""
+        if self._stored is None or not self.resuming:
+            return []
+        self.checkpoints_dir.mkdir(exist_ok=True)
+        return self._stored.pull_checkpoint(self.checkpoints_dir)
+
+    def _try_to_store(self, store: Callable[[], None]) -> bool:
+        try:
+            store()
+        except StorageError as error:
+            self.note(f"storage_path: {error}")
+            return False
+        return True
 
     @property
     def seconds(self) -> float:
@@ -197,8 +252,8 @@ class Run:
         return None
 
     def _differences(self, record: dict[str, Any]) -> list[str]:
-        before = _flatten({k: v for k, v in record.get("config", {}).items() if k not in INDIFFERENT})
-        now = _flatten(self.config.model_dump(mode="json", exclude=set(INDIFFERENT)))
+        before = _flatten(record.get("config", {}))
+        now = _flatten(deciding_settings(self.config))
         changed = [key for key in now if before.get(key) != now[key]]
         inputs = record.get("inputs", {})
         return changed + [f"content of {key}" for key, value in self._ids.items() if inputs.get(key) != value]

@@ -10,7 +10,6 @@ from rayllm.config.base import load_config
 from rayllm.config.tokenizer import TokenizerConfig
 from rayllm.errors import InputError
 from rayllm.lineage import content_id, read_manifest
-from rayllm.models.checkpoint import Checkpoints
 from rayllm.report.run import Run
 
 
@@ -118,15 +117,19 @@ def test_the_manifest_names_parents_data_settings_and_every_file(tmp_path, docum
     assert content_id(run.model_dir) == manifest["id"]
 
 
-def test_a_checkpoint_counts_only_when_it_is_complete(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    assert checkpoints.latest() is None
-    for step in (1, 2, 3):
-        with checkpoints.writing(step) as folder:
-            (folder / "x").write_text(str(step))
-    with pytest.raises(RuntimeError), checkpoints.writing(4) as folder:
-        (folder / "x").write_text("half")
-        raise RuntimeError("killed")
-    step, folder = checkpoints.latest()
-    assert step == 3 and (folder / "x").read_text() == "3"
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000002", "step-000003"]
+def test_a_resumed_run_has_every_metric_once(tmp_path, documents):
+    run = open_run(tmp_path, documents)
+    with run:
+        for step in (1, 2, 3):
+            run.log(step, {"loss": 1.0 / step})
+        # The checkpoint is of step 4; the driver died before it wrote 4, and 3 belongs to the checkpoint as well.
+        run.rewind(4, [(3, {"loss": 1.0 / 3}), (4, {"loss": 0.25})])
+        run.rewind(4, [(4, {"loss": 0.25})])
+        assert [event["step"] for event in read_events(run)] == [1, 2, 3, 4]
+        run.log(5, {"loss": 0.2})
+        run.rewind(4)
+        assert [event["metrics"]["loss"] for event in read_events(run)] == [1.0, 0.5, 1 / 3, 0.25]
+
+
+def read_events(run) -> list[dict]:
+    return [json.loads(line) for line in (run.dir / "events.jsonl").read_text().splitlines()]
