@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.environment import worker_env
+from rayllm.errors import FleetExhausted
 
 ActorT = TypeVar("ActorT")
 
@@ -41,12 +42,7 @@ class ActorGroup(Generic[ActorT]):
         """
         self.role = role
         remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"each": _each}))
-        options = remote_cls.options(
-            num_cpus=role.cpus,
-            num_gpus=role.gpus,
-            max_concurrency=1000 if _is_async(cls) else 1,
-            runtime_env={"env_vars": worker_env(role.gpus)},
-        )
+        options = remote_cls.options(**actor_options(role, cls))
         self._actors = [options.remote(**arguments(rank)) for rank in range(role.num_actors)]
 
     def __len__(self) -> int:
@@ -99,6 +95,16 @@ class ActorGroup(Generic[ActorT]):
             ray.kill(actor)
 
 
+def actor_options(role: Role, cls: type) -> dict[str, Any]:
+    """Ray's options of each actor of a role."""
+    return {
+        "num_cpus": role.cpus,
+        "num_gpus": role.gpus,
+        "max_concurrency": 1000 if _is_async(cls) else 1,
+        "runtime_env": {"env_vars": worker_env(role.gpus)},
+    }
+
+
 def _each(self: Any, method: str, width: int, *cells: Any, **kwargs: Any) -> Any:
     """A method of an actor on several rows of ``width`` arguments, which come one after the other."""
     results = [getattr(self, method)(*row, **kwargs) for row in zip(*[iter(cells)] * width, strict=True)]
@@ -110,6 +116,7 @@ def collect(references: Sequence[Any], role: str) -> list[Any]:
 
     Raises:
         RuntimeError: a call failed or its actor died; the text names ``role`` and the cause.
+        FleetExhausted: as it was raised, also where it is why an argument of the call never came.
     """
     pending = list(references)
     try:
@@ -118,9 +125,19 @@ def collect(references: Sequence[Any], role: str) -> list[Any]:
             ray.get(done)
         return list(ray.get(list(references)))
     except RayTaskError as error:
+        cause = root_cause(error)
+        if isinstance(cause, FleetExhausted):
+            raise FleetExhausted(str(cause)) from error
         raise RuntimeError(f"{role}: {_last_line(error)}") from error
     except RayActorError as error:
         raise RuntimeError(f"{role}: an actor died: {error}") from error
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What was raised at first, behind the errors of the calls that it failed."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
 
 
 def _last_line(error: RayTaskError) -> str:

@@ -19,7 +19,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from rayllm.config.base import Config, describe_fields, is_on_hub, load_config
-from rayllm.errors import InputError
+from rayllm.errors import FleetExhausted, InputError
 from rayllm.lineage import config_inputs
 
 LOG_WIDTH = 140
@@ -28,7 +28,7 @@ LOG_WIDTH = 140
 _terminated: list[int] = []
 """Holds SIGTERM once it came."""
 
-EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
+EXIT_FAILED, EXIT_INPUT, EXIT_EXHAUSTED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM."""
+    """Run one command and exit: 0 done, 1 failed, 2 wrong input, 3 too few engines left, 130 Ctrl-C, 143 SIGTERM."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
@@ -155,7 +155,7 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
             raise
         console.print(f"[red]failed:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         console.print("[dim]-v prints the libraries' own output[/dim]")
-        return EXIT_FAILED
+        return EXIT_EXHAUSTED if isinstance(error, FleetExhausted) else EXIT_FAILED
     if getattr(job, "done", False):
         console.print(f"[dim]✓ {job.stage} in {job.dir} is done and unchanged[/dim]", highlight=False)
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from actors.fleet import generate, rollout_role, start_rollout_actors
+from actors.fleet import RolloutFleet, generate, rollout_role, start_rollout_fleet
 from actors.group import ActorGroup, Role, collect
 from actors.placement import check_capacity, describe
 from actors.reference import ReferenceActor
@@ -52,7 +52,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Actors:
-    rollout: ActorGroup[RolloutActor]
+    rollout: RolloutFleet
     reward: ActorGroup[RewardActor]
     reference: ActorGroup[ReferenceActor]
     text: ActorGroup[ReferenceActor]
@@ -89,7 +89,8 @@ def run(loaded: Loaded[EvaluateConfig], console: Console, *, verbose: bool = Fal
                     new = answers[name].get("new")
                     progress.update(done, {f"{name}/gold": new.figures["gold"]} if new else {})
                 text = {name: collect(reference, "text")[0] for name, reference in bits.items()}
-            for group in (actors.rollout, actors.reward, actors.reference, actors.text):
+            actors.rollout.stop()
+            for group in (actors.reward, actors.reference, actors.text):
                 group.stop()
         evaluation = assemble(config, prompts, answers, text, tokenizer)
         write_json(config.run_dir / "evaluation.json", evaluation)
@@ -136,7 +137,7 @@ def start(config: EvaluateConfig, roles: Sequence[Role]) -> Actors:
     first = next(iter(config.models.values()))
     lm = {"temperature": config.rollout.temperature, "micro_batch_size": 64}
     return Actors(
-        rollout=start_rollout_actors(config.rollout, first, seed=config.seed),
+        rollout=start_rollout_fleet(config.rollout, first, seed=config.seed),
         reward=ActorGroup(
             reward, RewardActor, lambda rank: {"model": str(config.reward_model), "micro_batch_size": 64}
         ),
@@ -151,7 +152,7 @@ def ask(
     actors: Actors, config: EvaluateConfig, model: Path, prompts: dict[str, PromptData], tokenizer: Any
 ) -> dict[str, Answers]:
     """Every split, sampled as in training and greedily, judged and scored."""
-    actors.rollout.call(RolloutActor.load, str(model.absolute()))
+    actors.rollout.sync(RolloutActor.load, str(model.absolute()))
     answers = {}
     for split, data in prompts.items():
         asked = list(enumerate(prompt_ids(model, data, tokenizer)))

@@ -11,15 +11,16 @@ import ray
 
 from actors.critic import CriticActor
 from actors.fleet import (
-    Dispatcher,
+    RolloutFleet,
     engine_dtype,
     engine_workers,
     logprob_tolerance,
     probe_tokens,
     rollout_role,
-    start_rollout_actors,
+    start_rollout_fleet,
 )
 from actors.group import ActorGroup, Role, collect
+from actors.member import Call
 from actors.policy import PolicyActor
 from actors.publishing import Published
 from actors.reference import ReferenceActor
@@ -41,12 +42,8 @@ class Roles:
     critic: ActorGroup[CriticActor] | None
     reference: ActorGroup[ReferenceActor] | None
     reward: RewardGroups
-    rollout: ActorGroup[RolloutActor]
-    dispatcher: Dispatcher
+    rollout: RolloutFleet
     probe: list[int]
-    rollout_nodes: set[str] = field(default_factory=set)
-    """Where the rollout actors live."""
-
     setups: dict[str, list[Any]] = field(default_factory=dict)
     """Role -> the calls that make it ready."""
 
@@ -65,13 +62,9 @@ class Roles:
         """Start all roles side by side; `wait` until they are ready."""
         needed = {role.name: role for role in cls.needs(config)}
         learner = {"config": config, "ptx_tokens": ptx_tokens.absolute() if config.ptx.documents else None}
-        rollout = start_rollout_actors(
-            config.rollout, config.model, seed=config.seed, environment=config.environment
-        )
         roles = cls(
             config=config,
-            rollout=rollout,
-            dispatcher=Dispatcher(rollout),
+            rollout=_start_engines(config, prompts),
             probe=probe_tokens(vocabulary_size(config.model), max_positions(config.model)),
             policy=ActorGroup(
                 needed["policy"],
@@ -99,13 +92,7 @@ class Roles:
             reward=RewardGroups.start(config, prompts),
         )
         roles.setups.update(roles.reward.setup())
-        roles.setups["rollout"] = roles.rollout.submit(
-            RolloutActor.set_prompts,
-            ray.put(prompts.token_ids if config.environment.name is None else prompts.rows),
-            num_samples=config.samples_per_prompt,
-            temperature=config.rollout.temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
-        )
+        roles.setups["rollout"] = [roles.rollout.started()]
         for group, method in ((roles.policy, PolicyActor.setup), (roles.critic, CriticActor.setup)):
             if group is not None:
                 roles.setups[group.role.name] = group.submit(method, group.submit(PolicyActor.address, rank=0)[0])
@@ -119,8 +106,8 @@ class Roles:
         """
         seconds = _seconds_until_done(self.setups)
         infos = self.rollout.call(RolloutActor.info)
-        self.rollout_nodes.update(info["node"] for info in infos)
         self._join_engines()
+        self.rollout.grow()  # not before: what others need to start is not for more engines
         return seconds | {
             "vllm_import": infos[0]["import_seconds"],
             "vllm_engine": infos[0]["init_seconds"],
@@ -139,15 +126,17 @@ class Roles:
         if kind == "memory":
             return
         workers = engine_workers(self.config.rollout)
-        engines = [[rank] for rank in range(len(self.rollout))] if kind == "ipc" else [list(range(len(self.rollout)))]
+        count = self.config.rollout.num_actors
+        engines = [[rank] for rank in range(count)] if kind == "ipc" else [list(range(count))]
         joining: list[Any] = []
+        seats: list[tuple[Seat]] = []
         for rank, members in enumerate(engines):
             ((host, port),) = collect(self.policy.submit(PolicyActor.address, rank=rank), "policy")
             seat = Seat(host, port, 0, 1 + len(members) * workers, kind)
             joining += self.policy.submit(PolicyActor.join_engines, seat, rank=rank)
-            for place, engine in enumerate(members):
-                joining += self.rollout.submit(RolloutActor.join, seat.moved(1 + place * workers), rank=engine)
-        collect(joining, "rollout")
+            seats += [(seat.moved(1 + place * workers),) for place in range(len(members))]
+        self.rollout.call(RolloutActor.join, seats)
+        collect(joining, "policy")
 
     def logprobs(self, shards: list[Any]) -> list[Any]:
         """Of every shard under the policy before this step's updates. None each where one update makes the step: its
@@ -172,7 +161,9 @@ class Roles:
         """The greedy response to every row's prompt and its scores (ReMax); None where nobody asks for it."""
         if not self.config.algorithm.estimator.needs_greedy_baseline:
             return None
-        greedy = self.rollout.map(RolloutActor.greedy, shards, step=step)
+        rows = self.config.prompts_per_step // len(shards) * self.config.samples_per_prompt
+        tokens = [rows * self.config.rollout.max_new_tokens] * len(shards)
+        greedy = self.rollout.submit(RolloutActor.greedy, shards, tokens=tokens, step=step)
         return greedy, self.reward.score(greedy)
 
     def update(self, experience: list[Any], *, step: int, kl_coef: float) -> dict[str, float]:
@@ -191,12 +182,12 @@ class Roles:
         sending: list[Any] = []
         weights: Published | Sent
         if self.config.rollout.weight_transfer == "memory":
-            nodes = sorted(self.rollout_nodes)
-            weights = self.policy.call(PolicyActor.publish_weights, version, dtype=dtype, nodes=nodes)[0]
+            readers = self.rollout.readers()
+            weights = self.policy.call(PolicyActor.publish_weights, version, dtype=dtype, nodes=readers)[0]
         else:
             sending, weights = self.policy.submit(PolicyActor.send_weights, dtype=dtype), Sent(version)
         expected = self.policy.submit(PolicyActor.text_logprobs, self.probe)[0]
-        self.rollout.call(
+        self.rollout.sync(
             RolloutActor.sync,
             weights,
             probe=self.probe,
@@ -238,6 +229,26 @@ class Roles:
         self.policy.call(PolicyActor.export, str(job.model_dir.absolute()))
         if self.critic is not None:
             self.critic.call(CriticActor.export, str((job.dir / "critic").absolute()))
+
+
+def _start_engines(config: PPOConfig, prompts: PromptData) -> RolloutFleet:
+    """Each with the prompts, so that a step is asked for by numbers only."""
+    kept = ray.put(prompts.token_ids if config.environment.name is None else prompts.rows)
+    sampling = {
+        "num_samples": config.samples_per_prompt,
+        "temperature": config.rollout.temperature,
+        "max_new_tokens": config.rollout.max_new_tokens,
+    }
+    return start_rollout_fleet(
+        config.rollout,
+        config.model,
+        seed=config.seed,
+        environment=config.environment,
+        fleet=config.rollout,
+        fixed=config.rollout.weight_transfer != "memory",
+        wait_s=config.placement.wait_s,
+        setup=[Call(RolloutActor.set_prompts.__name__, (kept,), sampling)],
+    )
 
 
 def needs_critic(config: PPOConfig) -> bool:
