@@ -14,12 +14,13 @@ from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.environment import worker_env
-from actors.fleet_actor import Blueprint, EngineStatus, FleetActor, Size
+from actors.fleet_actor import EngineStatus, FleetActor
 from actors.group import Role, collect
 from actors.health import Deadlines
 from actors.member import Call
 from actors.publishing import this_node
 from actors.rollout import RolloutActor
+from actors.supervisor import Blueprint, Size
 from actors.vllm_engine import default_engine_args
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.label import RolloutConfig
@@ -121,7 +122,7 @@ class RolloutFleet:
         options = {"num_cpus": 0, "max_concurrency": 10_000, "scheduling_strategy": here, "runtime_env": environment}
         self._actor = remote_cls.options(**options).remote(blueprint, size, deadlines)
         # Not started from there: that process comes up meanwhile.
-        self._actor.adopt.remote([blueprint.start(self._actor, number) for number in range(size.start)])
+        self._actor.adopt.remote([blueprint.start(self._actor, number, number) for number in range(size.start)])
 
     def started(self) -> ray.ObjectRef:
         """Done when the first engines are set up."""
@@ -161,9 +162,14 @@ class RolloutFleet:
     def _sync(self, call: Call) -> ray.ObjectRef:
         return self._actor.sync.remote(call)
 
-    def call(self, method: Callable[..., Any], rows: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        """What ``method`` returns on every engine that is up; ``rows`` are the arguments of each."""
-        (answers,) = self._collect(self._actor.each.remote(method.__name__, rows))
+    def call(self, method: Callable[..., Any], rows: Sequence[tuple[Any, ...]] = (), **kwargs: Any) -> list[Any]:
+        """What ``method`` returns on every engine that is up, once the first ones are.
+
+        Args:
+            rows: arguments, for the first engine, the second and so on; without them: none.
+            kwargs: for all of them.
+        """
+        (answers,) = self._collect(self._actor.each.remote(method.__name__, rows, kwargs))
         return list(answers)
 
     def status(self) -> list[EngineStatus]:

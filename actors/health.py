@@ -1,6 +1,6 @@
 """Whether a watched actor works, told by the progress of its counters and by nothing that it answers.
 
-A state machine without clock, threads or Ray: whoever watches tells it what happened and when, and asks for its verdict.
+A state machine without clock, threads or Ray: whoever watches tells it what happened and when, and asks how it is.
 
     starting -> syncing -> ready        the process is up and set up; it serves the current weights, proved
     syncing, ready -> suspect           work under way, and for half of its deadline no counter moved

@@ -36,13 +36,17 @@ class Lost(Exception):
 
 
 class Member:
-    """An actor from its start to its burial.
+    """An actor from its start to its burial. ``noun`` is what people call its like.
 
     Args:
         number: told apart by it; an actor that takes the place of a lost one has another.
         clock: seconds, on which deadlines count.
         on_lost: called once, with the reason.
     """
+
+    noun = "actor"
+    place = 0
+    """Which of the role's places it has."""
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class Member:
         on_lost: Callable[[Member, str], None],
     ) -> None:
         self.number, self._handle, self._clock, self._on_lost = number, handle, clock, on_lost
+        self.name = f"{self.noun} {number}"
         self.health = Health(deadlines, clock())
         self.report: Report | None = None
         self.could_not_start: str | None = None
@@ -88,7 +93,7 @@ class Member:
             Exception: whatever the method raised.
         """
         if self._gone.done():
-            raise Lost(f"engine {self.number}")
+            raise Lost(self.name)
         self.health.began(self._clock())
         reference = getattr(self._handle, call.method).remote(*call.args, **call.kwargs)
         answer = asyncio.ensure_future(_answer(reference))
@@ -111,7 +116,11 @@ class Member:
             self.lose(str(cause))
         finally:
             self.health.ended(self._clock())
-        raise Lost(f"engine {self.number}")
+        raise Lost(self.name)
+
+    def leaves(self) -> str:
+        """What becomes of its work when it is lost, for the line that says so."""
+        return ""
 
     def lose(self, reason: str) -> None:
         """It is dead, for good: whoever waits for it is told."""

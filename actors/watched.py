@@ -54,14 +54,17 @@ class Report:
     counters: Mapping[str, int]
 
 
-def start_watched(role: Role, cls: type, arguments: Mapping[str, Any], supervisor: Any, number: int) -> Any:
+def start_watched(
+    role: Role, cls: type, arguments: Mapping[str, Any], supervisor: Any, number: int, **options: Any
+) -> Any:
     """Start an actor of a plain class that reports to ``supervisor`` as ``number``.
 
     Args:
         supervisor: handle of an actor with ``report(number, Report)``.
+        options: of Ray, over those of the role.
     """
     remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"__init__": _init_of(cls)}))
-    return remote_cls.options(**actor_options(role, cls)).remote(supervisor, number, **arguments)
+    return remote_cls.options(**{**actor_options(role, cls), **options}).remote(supervisor, number, **arguments)
 
 
 def _init_of(cls: Any) -> Any:

@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.fleet import PROBE_TOKENS, RolloutFleet
-from actors.fleet_actor import Blueprint, Size
 from actors.group import PIECES, ActorGroup, Role
 from actors.health import Deadlines
 from actors.member import Call
+from actors.supervisor import Blueprint, Size
 from bench.fakes import FakeModelActor, FakeRolloutActor
 from bench.figures import circumstances, console, spread, written
 from bench.workload import PROMPT_TOKENS, settings

@@ -39,6 +39,7 @@ RUN_BY = {
     **{f"ray job {verb} --address http://HEAD:8265": "tests/jobs/test_cluster.py" for verb in JOB_VERBS},
     "rayllm sft --config my-sft.yaml --address": "tests/jobs/test_cluster.py",
     "rayllm ppo --config my-ppo.yaml placement.wait_s=1800 --address": "tests/jobs/test_cluster.py",
+    "rayllm ppo --config my-ppo.yaml rollout.max_engines=8": "tests/jobs/test_elastic.py",
     **{f".venv/bin/rayllm {name} runs/quickstart/ppo/model": ".ci/run" for name in ("lineage", "verify", "export")},
 }
 """Beginning of a command -> the file that runs it."""

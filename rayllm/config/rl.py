@@ -199,8 +199,9 @@ class FleetConfig(Config):
     autoscaler brings nodes. Null: num_actors."""
 
     stall_s: float = Field(600, gt=0)
-    """Seconds for which an engine with work may make no progress (no step of it, on a GPU no finished response). Then
-    its process is ended, its work goes to the others, and it is started anew. After half of them it gets no more work."""
+    """Seconds for which an engine with work may make no progress: no step of it, on a GPU no finished response. Then
+    its process is ended, its work goes to the others, and it is started anew. After half of them it gets no more
+    work."""
 
     max_restarts: int = Field(5, ge=0)
     """Failed engines that are started anew within an hour. An engine that goes with its node does not count."""
@@ -225,18 +226,19 @@ class PPORolloutConfig(RolloutConfig, FleetConfig):
     def _sizes_in_order(self) -> PPORolloutConfig:
         if self.min_engines > self.num_actors:
             raise ValueError(
-                f"rollout.min_engines={self.min_engines} is more than the rollout.num_actors={self.num_actors} that the "
-                "run starts with; lower it or raise num_actors"
+                f"rollout.min_engines={self.min_engines} is more than the rollout.num_actors={self.num_actors} that "
+                "the run starts with; lower it or raise num_actors"
             )
         if self.max_engines is not None and self.max_engines < self.num_actors:
             raise ValueError(
                 f"rollout.max_engines={self.max_engines} is less than rollout.num_actors={self.num_actors}; "
                 "raise it or set it to null"
             )
-        if self.max_engines is not None and self.weight_transfer != "memory":
+        if self.weight_transfer != "memory" and (self.max_engines or 0) > self.num_actors:
             raise ValueError(
                 f"rollout.max_engines={self.max_engines} lets engines join a running job, which the fixed group of "
-                f"rollout.weight_transfer={self.weight_transfer} does not; set weight_transfer=memory or max_engines=null"
+                f"rollout.weight_transfer={self.weight_transfer} does not; set weight_transfer=memory or "
+                "max_engines=null"
             )
         return self
 

@@ -9,10 +9,10 @@ import pytest
 import ray
 
 from actors.fleet import RolloutFleet, generate
-from actors.fleet_actor import Blueprint, Size
 from actors.group import ActorGroup, Role
 from actors.health import Deadlines
 from actors.rollout import RolloutActor
+from actors.supervisor import Blueprint, Size
 from jobs.ppo_batches import Batches
 from jobs.ppo_rewards import RewardGroups
 from rayllm.config.base import load_config

@@ -231,6 +231,24 @@ def test_learning_rate_schedules_by_hand():
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.num_actors=2", "rollout.min_engines=3"], "rollout.min_engines=3 is more than the rollout.num_actors=2"),
+        (["rollout.num_actors=4", "rollout.max_engines=3"], "rollout.max_engines=3 is less than rollout.num_actors=4"),
+        (["rollout.max_engines=2", "rollout.weight_transfer=broadcast"], "rollout.max_engines=2 .* rollout.weight_transfer=broadcast"),
+        (["rollout.max_engines=5", "prompts_per_step=96"], r"96 does not divide into 5 shards \(.*, rollout.max_engines=5\)"),
+    ],
+)
+def test_the_fleet_stays_within_its_bounds(overrides, message):
+    with pytest.raises(InputError, match=message):
+        ppo(*overrides)
+
+
+def test_a_step_has_shards_for_all_engines_that_may_come():
+    assert ppo("rollout.num_actors=1", "rollout.max_engines=8").config.num_shards == 8
+
+
+@pytest.mark.parametrize(
     ("policy", "critic", "rollout", "shards"), [(1, 1, 1, 2), (2, 1, 1, 2), (2, 2, 3, 4), (2, 3, 1, 6), (1, 1, 3, 3)]
 )
 def test_shards_divide_over_learner_ranks_and_feed_every_rollout_actor(policy, critic, rollout, shards):

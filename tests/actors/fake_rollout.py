@@ -21,7 +21,7 @@ class Sample(NamedTuple):
     version: int
 
 
-class FakeEngine:
+class FakeRollout:
     """Keeps `RolloutActor`'s interface.
 
     Args:
