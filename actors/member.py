@@ -154,4 +154,5 @@ async def _answer(reference: Any) -> Any:
 
 
 def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
+    """Without what Ray guesses."""
+    return str(error).strip().splitlines()[-1].split(" Some common causes")[0]

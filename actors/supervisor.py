@@ -152,12 +152,11 @@ class Supervisor(ABC, Generic[MemberT]):
         self._spawn(self._keep(member))
 
     def _on_lost(self, member: Member, reason: str) -> None:
-        self._spawn(self._bury(self._members[member.number], reason))
+        self._spawn(self._bury(self._members[member.number], reason, member.leaves()))
         self._changed()
 
-    async def _bury(self, member: MemberT, reason: str) -> None:
+    async def _bury(self, member: MemberT, reason: str, leaves: str) -> None:
         """End what is left of it, tell what it was, and make room for another."""
-        leaves = member.leaves()
         stacks, node_lives = await member.bury()
         del self._members[member.number]
         if node_lives:

@@ -64,11 +64,11 @@ def start_watched(
         options: of Ray, over those of the role.
     """
     remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"__init__": _init_of(cls)}))
-    return remote_cls.options(**{**actor_options(role, cls), **options}).remote(supervisor, number, **arguments)
+    return remote_cls.options(**{**actor_options(role, cls), **options}).remote(supervisor, number, arguments)
 
 
 def _init_of(cls: Any) -> Any:
-    def init(self: Any, supervisor: Any, number: int, **arguments: Any) -> None:
+    def init(self: Any, supervisor: Any, number: int, arguments: Mapping[str, Any]) -> None:
         _be_watched(supervisor, number)
         cls.__init__(self, **arguments)
 
