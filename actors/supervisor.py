@@ -92,7 +92,9 @@ class Supervisor(ABC, Generic[MemberT]):
         self._wanted = size.start
         self._members: dict[int, MemberT] = {}
         self._numbers = itertools.count(size.start)
-        self._failures: list[float] = []
+        self._restarts: list[float] = []
+        self._unreplaced = 0
+        """Failed ones in whose place none was started yet. Those that went with their nodes are not among them."""
         self._last_lost = ""
         self._short_since: float | None = None
         self._told_short = False
@@ -160,7 +162,7 @@ class Supervisor(ABC, Generic[MemberT]):
         stacks, node_lives = await member.bury()
         del self._members[member.number]
         if node_lives:
-            self._failures.append(self._now)
+            self._unreplaced += 1
         self._last_lost = f"{member.name}: {reason}"
         self._say(f"{member.name} is lost{'' if node_lives else ' with its node'}: {reason}{leaves}", stacks)
 
@@ -184,11 +186,14 @@ class Supervisor(ABC, Generic[MemberT]):
 
     def _refill(self) -> None:
         """Start what is missing. A dead one keeps its place until it is buried, and its resources are free."""
-        self._failures = [when for when in self._failures if self._now - when < BUDGET_S]
+        self._restarts = [when for when in self._restarts if self._now - when < BUDGET_S]
         allowed = self._size.max_restarts
-        if allowed is None or len(self._failures) > allowed:
-            return
-        while len(self._members) < self._wanted:
+        while allowed is not None and len(self._members) < self._wanted:
+            if self._wanted - len(self._members) <= self._unreplaced:  # what is missing has failed
+                if len(self._restarts) >= allowed:
+                    return
+                self._restarts.append(self._now)
+                self._unreplaced -= 1
             number, me = next(self._numbers), ray.get_runtime_context().current_actor
             taken = {member.place for member in self._members.values()}
             place = next(index for index in itertools.count() if index not in taken)
@@ -204,9 +209,9 @@ class Supervisor(ABC, Generic[MemberT]):
         role, allowed = self._blueprint.role, self._size.max_restarts
         have = f"{len(up)} of at least {self._size.least} {self._member_cls.noun}s are up"
         if len(self._members) < self._size.least:  # none is started any more
-            failed = f"{len(self._failures)} failed within an hour, {role.name}.max_restarts={allowed}"
-            reason = "none of them is ever replaced" if allowed is None else failed
-            self._give_up(f"{have}, {reason}; the last that was lost: {self._last_lost}")
+            spent = f"the restarts of an hour ({role.name}.max_restarts={allowed}) are used up"
+            reason = "none is ever replaced" if allowed is None else spent
+            self._give_up(f"{have} and {reason}; the last that was lost: {self._last_lost}")
             return
         if self._short_since is None:
             self._short_since = self._now

@@ -83,8 +83,9 @@ class FakeRollout:
         return weights
 
     async def proved(self) -> None:
-        while self._trouble("unproved"):
+        while self._trouble("unproved"):  # slow, but not stuck
             await asyncio.sleep(0.05)
+            count("proof")
         if self._trouble("lies"):
             raise RuntimeError("this engine does not serve the policy's weights")
 

@@ -218,8 +218,8 @@ def test_the_only_engine_is_restarted_and_when_the_budget_is_spent_the_run_ends(
     references = only.begin()
     assert only.busy_engine() == 1
     kill(only, 1)
-    with pytest.raises(FleetExhausted, match=r"0 of at least 1 engines are up, 2 failed within an hour, "
-                       r"rollout.max_restarts=1; the last that was lost: engine 1: its process ended"):  # fmt: skip
+    with pytest.raises(FleetExhausted, match=r"0 of at least 1 engines are up and the restarts of an hour "
+                       r"\(rollout.max_restarts=1\) are used up; the last that was lost: engine 1: its process ended"):  # fmt: skip
         only.finish(references)
     with pytest.raises(FleetExhausted, match="The last checkpoint is intact"):
         only.fleet.sync(FakeRollout.sync, 8)
