@@ -156,6 +156,7 @@ def test_losing_an_engine_changes_nothing_that_is_sampled(healing, fault):
     break_it, reason = FAULTS[fault]
     healing.fleet.sync(FakeRollout.sync, 7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
+    newcomer = max(healing.numbers(State.READY)) + 1
     references = healing.begin()
     victim = healing.busy_engine()
     pid = healing.pid(victim)
@@ -166,7 +167,6 @@ def test_losing_an_engine_changes_nothing_that_is_sampled(healing, fault):
     assert gone(pid)
     if reason.startswith("no progress"):
         assert "hread 0x" in healing.details[line]  # where it stood
-    newcomer = max(engine.number for engine in healing.fleet.status())
     healing.told(f"engine {newcomer} serves: it has the policy's weights, proved")
     assert (healing.folder / f"synced-{newcomer}").read_text() == "7"
 
