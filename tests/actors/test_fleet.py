@@ -197,16 +197,16 @@ def test_a_restarted_engine_serves_only_after_a_proved_sync_of_the_newest_weight
     assert healing.finish(healing.begin()) == right(version=8)
 
 
-def test_the_learner_does_not_wait_for_an_engine_that_hangs_in_a_sync(healing):
+@pytest.mark.parametrize(("trouble", "reason"), [("hangs", "no progress for"), ("stops", "broken on purpose")])
+def test_the_learner_does_not_wait_for_an_engine_that_is_lost_in_a_sync(healing, trouble, reason):
     healing.fleet.sync(FakeRollout.sync, 7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
     victim = min(healing.numbers(State.READY))
-    trouble = healing.folder / f"hangs-in-sync-{victim}"
-    trouble.touch()
+    (healing.folder / f"{trouble}-in-sync-{victim}").touch()
     healing.fleet.sync(FakeRollout.sync, 9)
     assert healing.fleet.num_engines == 1
     assert healing.finish(healing.begin()) == right(version=9)
-    healing.told(f"engine {victim} is lost: no progress for")
+    assert reason in healing.told(f"engine {victim} is lost: ")
 
 
 def test_the_only_engine_is_restarted_and_when_the_budget_is_spent_the_run_ends(lab):
