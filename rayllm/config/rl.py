@@ -204,7 +204,7 @@ class FleetConfig(Config):
     work."""
 
     max_restarts: int = Field(5, ge=0)
-    """Engines that are started anew, within an hour, because they failed. One that goes with its node does not count."""
+    """Engines that are started anew within an hour because they failed. One that goes with its node does not count."""
 
 
 class PPORolloutConfig(RolloutConfig, FleetConfig):
