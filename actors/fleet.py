@@ -157,7 +157,15 @@ class RolloutFleet:
     def sync(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call ``method`` on every engine, and on later ones before they serve. An engine that makes no progress is
         not waited for, and serves no more until it has made the call."""
-        (self.num_engines,) = self._collect(self._sync(Call(method.__name__, args, kwargs)))
+        self.end_sync(self.begin_sync(method, *args, **kwargs))
+
+    def begin_sync(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> ray.ObjectRef:
+        """`sync` in two parts. What ``args`` refer to is waited for; then it begins."""
+        return self._sync(Call(method.__name__, args, kwargs))
+
+    def end_sync(self, begun: ray.ObjectRef) -> None:
+        """Wait for what `begin_sync` has begun."""
+        (self.num_engines,) = self._collect(begun)
 
     def _sync(self, call: Call) -> ray.ObjectRef:
         return self._actor.sync.remote(call)

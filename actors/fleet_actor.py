@@ -104,7 +104,10 @@ class FleetActor(Supervisor[Engine]):
 
     async def sync(self, call: Call) -> int:
         """Let every engine make the call, and every later one before it serves; returns how many serve. Does not wait
-        for an engine that makes no progress: it serves no more until it has made the call."""
+        for an engine that makes no progress: it serves no more until it has made the call. References among the call's
+        arguments are waited for first: while the weights are written nobody is to wait for them in an engine."""
+        args = [await value if isinstance(value, ray.ObjectRef) else value for value in call.args]
+        call = call._replace(args=tuple(args))
         if not self._served:
             await self.started()
         self._sync, self._publishing = call, False

@@ -11,6 +11,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.environment import worker_env
 from rayllm.errors import FleetExhausted
+from rayllm.startup import without_garbage_collection
 
 ActorT = TypeVar("ActorT")
 
@@ -41,8 +42,8 @@ class ActorGroup(Generic[ActorT]):
             arguments: rank -> the constructor's keyword arguments.
         """
         self.role = role
-        remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"each": _each}))
-        options = remote_cls.options(**actor_options(role, cls))
+        methods = {"__init__": constructor(cls), "each": _each}
+        options = ray.remote(type(cls.__name__, (cls,), methods)).options(**actor_options(role, cls))  # type: ignore[call-overload]
         self._actors = [options.remote(**arguments(rank)) for rank in range(role.num_actors)]
 
     def __len__(self) -> int:
@@ -103,6 +104,16 @@ def actor_options(role: Role, cls: type) -> dict[str, Any]:
         "max_concurrency": 1000 if _is_async(cls) else 1,
         "runtime_env": {"env_vars": worker_env(role.gpus)},
     }
+
+
+def constructor(cls: type) -> Callable[..., None]:
+    """What makes an actor of the class; what it imports is collected by nobody."""
+
+    def construct(self: Any, **arguments: Any) -> None:
+        with without_garbage_collection():
+            cls.__init__(self, **arguments)  # type: ignore[misc]
+
+    return construct
 
 
 def _each(self: Any, method: str, width: int, *cells: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import ray
 
-from actors.group import Role, actor_options
+from actors.group import Role, actor_options, constructor
 
 REPORT_S = 1.0
 STACKS_S = 1.0
@@ -67,10 +67,12 @@ def start_watched(
     return remote_cls.options(**{**actor_options(role, cls), **options}).remote(supervisor, number, arguments)
 
 
-def _init_of(cls: Any) -> Any:
+def _init_of(cls: type) -> Any:
+    construct = constructor(cls)
+
     def init(self: Any, supervisor: Any, number: int, arguments: Mapping[str, Any]) -> None:
         _be_watched(supervisor, number)
-        cls.__init__(self, **arguments)
+        construct(self, **arguments)
 
     return init
 

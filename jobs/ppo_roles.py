@@ -22,11 +22,10 @@ from actors.fleet import (
 from actors.group import ActorGroup, Role, collect
 from actors.member import Call
 from actors.policy import PolicyActor
-from actors.publishing import Published
 from actors.reference import ReferenceActor
 from actors.rollout import RolloutActor, Sent
 from actors.weight_group import Seat
-from jobs.ppo_rewards import RewardGroups, ShardScores
+from jobs.ppo_rewards import RewardGroups
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.models.loading import max_positions, vocabulary_size
@@ -157,14 +156,15 @@ class Roles:
         """Of every shard by the critic; None each without one."""
         return [None] * len(shards) if self.critic is None else self.critic.map_pieces(CriticActor.values, shards)
 
-    def greedy(self, shards: list[Any], step: int) -> tuple[list[Any], list[ShardScores]] | None:
-        """The greedy response to every row's prompt and its scores (ReMax); None where nobody asks for it."""
+    def greedy_scores(self, shards: list[Any], step: int) -> list[Any]:
+        """Columns of what each source gives the greedy response to every row's prompt (ReMax); none where nobody asks
+        for it."""
         if not self.config.algorithm.estimator.needs_greedy_baseline:
-            return None
+            return []
         rows = self.config.prompts_per_step // len(shards) * self.config.samples_per_prompt
         tokens = [rows * self.config.rollout.max_new_tokens] * len(shards)
         greedy = self.rollout.submit(RolloutActor.greedy, shards, tokens=tokens, step=step)
-        return greedy, self.reward.score(greedy)
+        return list(zip(*self.reward.score(greedy), strict=True))
 
     def update(self, experience: list[Any], *, step: int, kl_coef: float) -> dict[str, float]:
         """Policy and critic learn side by side; returns their metrics."""
@@ -179,15 +179,15 @@ class Roles:
         """What the policy learned to every rollout actor; where it lies travels, not the weights. Each proves that it
         serves them before it hands out what it samples: a text must be as probable to it as to the policy."""
         dtype = engine_dtype(self.config.rollout)
-        sending: list[Any] = []
-        weights: Published | Sent
+        weights: Any
         if self.config.rollout.weight_transfer == "memory":
             readers = self.rollout.readers()
-            weights = self.policy.call(PolicyActor.publish_weights, version, dtype=dtype, nodes=readers)[0]
+            sending = self.policy.submit(PolicyActor.publish_weights, version, dtype=dtype, nodes=readers)
+            weights = sending[0]
         else:
             sending, weights = self.policy.submit(PolicyActor.send_weights, dtype=dtype), Sent(version)
         expected = self.policy.submit(PolicyActor.text_logprobs, self.probe)[0]
-        self.rollout.sync(
+        loading = self.rollout.begin_sync(
             RolloutActor.sync,
             weights,
             probe=self.probe,
@@ -196,11 +196,14 @@ class Roles:
             keep_cache=self.config.rollout.keep_cache,
         )
         collect(sending, "policy")
+        self.rollout.end_sync(loading)
 
     def move_reference(self, step: int) -> None:
-        """Every ``reference.update_every`` steps the reference moves towards the policy."""
+        """Every ``reference.update_every`` steps the reference moves towards the policy. What the engines may read is
+        written over: they want the next `sync_weights`."""
         every = self.config.reference.update_every
         if self.reference is not None and every is not None and step % every == 0:
+            collect([self.rollout.readers()], "rollout")
             weights = self.policy.call(PolicyActor.publish_weights, step)[0]
             self.reference.call(ReferenceActor.move, weights, ema=self.config.reference.ema)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,9 +83,15 @@ def load_tokenizer(path: Path | str) -> Any:
     Raises:
         InputError: it has no end-of-sequence token, so no model could learn to stop.
     """
-    from transformers import AutoTokenizer
+    settings = Path(path) / "tokenizer_config.json"
+    if settings.is_file() and json.loads(settings.read_text()).get("tokenizer_class") == "TokenizersBackend":
+        from transformers import PreTrainedTokenizerFast  # imports a thousand modules less
 
-    tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path))
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no eos_token; set one in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
