@@ -34,7 +34,7 @@ CHUNK = 64
 AHEAD = 4
 """Calls of `generate` that an actor has at once: enough to fill an engine's batch while others are on their way."""
 
-HUSH_S = 10.0
+HUSH_S = 2.0
 
 PROBE_TOKENS = 80
 """Length of the text that shows which weights an engine serves: over two blocks of its cache."""

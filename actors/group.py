@@ -42,8 +42,8 @@ class ActorGroup(Generic[ActorT]):
             arguments: rank -> the constructor's keyword arguments.
         """
         self.role = role
-        methods = {"__init__": constructor(cls), "each": _each}
-        options = ray.remote(type(cls.__name__, (cls,), methods)).options(**actor_options(role, cls))  # type: ignore[call-overload]
+        remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"__init__": constructor(cls), "each": _each}))
+        options = remote_cls.options(**actor_options(role, cls))
         self._actors = [options.remote(**arguments(rank)) for rank in range(role.num_actors)]
 
     def __len__(self) -> int:

@@ -80,7 +80,6 @@ def test_losing_one_engine_changes_nothing_losing_both_ends_it_and_the_same_comm
     assert again.returncode == 0, again.stdout
     undisturbed, disturbed = steps_of(source / "ppo"), steps_of(run_dir)
     assert [event["step"] for event in disturbed] == [event["step"] for event in undisturbed] == [0, 1, 2, 3, 4]
-    assert [event["metrics"].get("rollout/engines") for event in disturbed[1:3]] != [2.0, 2.0]
     for one, other in zip(undisturbed, disturbed, strict=True):
         for name in LEARNED:
             if name in one["metrics"]:
