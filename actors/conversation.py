@@ -20,6 +20,7 @@ from typing import Any
 
 from actors.seeds import turn_seed
 from actors.vllm_engine import Request, Sampled, VllmEngine
+from actors.watched import count
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.data.chat import Message, TurnFrame, messages_problem, prompt_messages, prompt_token_ids
 from rayllm.data.rollout import Rollout, SampledTurn
@@ -133,7 +134,9 @@ class Conversations:
         try:
             async with deadline:
                 result = await in_thread(lambda: method(*args, **kwargs))
-                return await result if inspect.isawaitable(result) else result
+                answer = await result if inspect.isawaitable(result) else result
+                count("turns")
+                return answer
         except TimeoutError as error:
             if not deadline.expired():  # the environment's own
                 raise

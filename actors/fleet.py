@@ -1,19 +1,30 @@
-"""Rollout actors as one: work goes to the one that has the least of it, weights go to all."""
+"""Rollout actors as one, for the driver: work goes to the one that has the least of it, weights go to all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.group import ActorGroup, Role, Seats, collect
+from actors.environment import worker_env
+from actors.fleet_actor import EngineStatus, FleetActor
+from actors.group import Role, Seats, collect, whereabouts
+from actors.health import Deadlines
+from actors.member import Call
+from actors.publishing import this_node
 from actors.rollout import RolloutActor
+from actors.supervisor import Blueprint, Size
 from actors.vllm_engine import default_engine_args
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.label import RolloutConfig
+from rayllm.config.rl import FleetConfig
 from rayllm.data.files import Row
 from rayllm.data.rollout import Rollout
 
@@ -22,6 +33,8 @@ CHUNK = 64
 
 AHEAD = 4
 """Calls of `generate` that an actor has at once: enough to fill an engine's batch while others are on their way."""
+
+HUSH_S = 2.0
 
 PROBE_TOKENS = 80
 """Length of the text that shows which weights an engine serves: over two blocks of its cache."""
@@ -60,17 +73,37 @@ def rollout_arguments(config: RolloutConfig, model: Path, *, seed: int) -> dict[
     }
 
 
-def start_rollout_actors(
+def start_rollout_fleet(
     config: RolloutConfig,
     model: Path,
     *,
     seed: int,
     environment: EnvironmentConfig = EnvironmentConfig(),
+    fleet: FleetConfig = FleetConfig(),
+    fixed: bool = False,
+    wait_s: float = 0.0,
+    setup: Sequence[Call] = (),
     seats: Seats | None = None,
-) -> ActorGroup[RolloutActor]:
-    """Start the engines on a model folder."""
+) -> RolloutFleet:
+    """Start the engines on a model folder. They serve after the first `RolloutFleet.sync`.
+
+    Args:
+        fixed: they make a group that none joins later and that cannot go on without one.
+        wait_s: how long to wait for nodes where too few engines are left.
+        setup: calls that make each engine ready for its first sync.
+        seats: what is held for the first engines; None: wherever there is room.
+    """
     arguments = rollout_arguments(config, model, seed=seed) | {"environment": environment}
-    return ActorGroup(rollout_role(config), RolloutActor, lambda rank: arguments, seats)
+    size = Size(
+        start=config.num_actors,
+        least=config.num_actors if fixed else fleet.min_engines,
+        most=fleet.max_engines or config.num_actors,
+        max_restarts=None if fixed else fleet.max_restarts,
+        wait_s=wait_s,
+    )
+    deadlines = Deadlines(start_s=max(config.timeout_s, fleet.stall_s), work_s=fleet.stall_s)
+    role, place = rollout_role(config), {} if seats is None else {"place": seats.options}
+    return RolloutFleet(Blueprint(role, RolloutActor, lambda number: arguments, setup, **place), size, deadlines)
 
 
 def probe_tokens(vocab_size: int, max_positions: int) -> list[int]:
@@ -79,12 +112,28 @@ def probe_tokens(vocab_size: int, max_positions: int) -> list[int]:
     return rng.integers(vocab_size, size=min(PROBE_TOKENS, max_positions - 1)).tolist()
 
 
-class Dispatcher:
-    """Gives every piece of work to the rollout actor with the fewest tokens before it."""
+class RolloutFleet:
+    """The rollout actors of a run as one, through the actor that routes their work and watches them."""
 
-    def __init__(self, group: ActorGroup[RolloutActor]) -> None:
-        self.group = group
-        self._open: list[dict[ray.ObjectRef, int]] = [{} for _ in range(len(group))]
+    def __init__(self, blueprint: Blueprint, size: Size, deadlines: Deadlines) -> None:
+        """Start that actor, on this node, and the first engines; all come up in parallel."""
+        self.role, self.num_engines = blueprint.role, size.start
+        """``num_engines``: that served after the last `sync`."""
+        here = NodeAffinitySchedulingStrategy(this_node(), soft=False)
+        remote_cls: Any = ray.remote(FleetActor)
+        environment = {"env_vars": worker_env(0)}
+        options = {"num_cpus": 0, "max_concurrency": 10_000, "scheduling_strategy": here, "runtime_env": environment}
+        self._actor = remote_cls.options(**options).remote(blueprint, size, deadlines)
+        # Not started from there: that process comes up meanwhile.
+        self._actor.adopt.remote([blueprint.start(self._actor, number, number) for number in range(size.start)])
+
+    def started(self) -> ray.ObjectRef:
+        """Done when the first engines are set up."""
+        return self._actor.started.remote()
+
+    def grow(self) -> None:
+        """From now on take as many engines as there are to be had."""
+        self._actor.grow.remote()
 
     def submit(
         self, method: Callable[..., Any], work: Sequence[Any], *, tokens: Sequence[int], **arguments: Any
@@ -92,38 +141,88 @@ class Dispatcher:
         """Start ``method`` on every piece, the longest first; references in order of the pieces.
 
         Args:
-            work: first argument of each call.
+            work: first argument of each call, or its reference.
             tokens: of each piece, prompts and longest responses.
         """
         references: dict[int, ray.ObjectRef] = {}
-        loads = [sum(self._unfinished(rank).values()) for rank in range(len(self.group))]
         for index in sorted(range(len(work)), key=lambda index: -tokens[index]):
-            rank = loads.index(min(loads))
-            loads[rank] += tokens[index]
-            (references[index],) = self.group.submit(method, work[index], rank=rank, **arguments)
-            self._open[rank][references[index]] = tokens[index]
+            references[index] = self._submit(method.__name__, [work[index]], tokens[index], arguments)
         return [references[index] for index in range(len(work))]
 
-    def wait_for_room(self) -> None:
-        """Until some actor has fewer than ``AHEAD`` calls before it."""
-        while min(len(self._unfinished(rank)) for rank in range(len(self.group))) >= AHEAD:
-            ray.wait([reference for calls in self._open for reference in calls], fetch_local=False)
+    def _submit(self, method: str, work: list[Any], tokens: int, arguments: dict[str, Any]) -> ray.ObjectRef:
+        return self._actor.work.remote(method, work, tokens, arguments)
 
-    def num_unfinished(self) -> int:
-        """Calls under way."""
-        return sum(len(self._unfinished(rank)) for rank in range(len(self.group)))
+    def readers(self) -> ray.ObjectRef:
+        """For whoever publishes the next weights: nodes where they will be read, None for any. Nobody begins to read
+        from when it is done until the next `sync`."""
+        return self._actor.readers.remote()
 
-    def _unfinished(self, rank: int) -> dict[ray.ObjectRef, int]:
-        calls = self._open[rank]
-        if calls:
-            done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0, fetch_local=False)
-            for reference in done:
-                del calls[reference]
-        return calls
+    def sync(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call ``method`` on every engine, and on later ones before they serve. An engine that makes no progress is
+        not waited for, and serves no more until it has made the call."""
+        self.end_sync(self.begin_sync(method, *args, **kwargs))
+
+    def begin_sync(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> ray.ObjectRef:
+        """`sync` in two parts. What ``args`` refer to is waited for; then it begins."""
+        return self._sync(Call(method.__name__, args, kwargs))
+
+    def end_sync(self, begun: ray.ObjectRef) -> None:
+        """Wait for what `begin_sync` has begun."""
+        (self.num_engines,) = self._collect(begun)
+
+    def _sync(self, call: Call) -> ray.ObjectRef:
+        return self._actor.sync.remote(call)
+
+    def call(self, method: Callable[..., Any], rows: Sequence[tuple[Any, ...]] = (), **kwargs: Any) -> list[Any]:
+        """What ``method`` returns on every engine that is up, once the first ones are.
+
+        Args:
+            rows: arguments, for the first engine, the second and so on; without them: none.
+            kwargs: for all of them.
+        """
+        (answers,) = self._collect(self._actor.each.remote(method.__name__, rows, kwargs))
+        return list(answers)
+
+    def whereabouts(self) -> list[tuple[str, list[str]]]:
+        """As of an `ActorGroup`."""
+        return self.call(whereabouts)
+
+    def status(self) -> list[EngineStatus]:
+        """Of all engines, the latest lost ones included."""
+        (found,) = self._collect(self._actor.status.remote())
+        return list(found)
+
+    @contextmanager
+    def told(self, say: Callable[[str, str], Any]) -> Iterator[None]:
+        """Within the block ``say`` gets a line, and details or "", for every decision, in a thread."""
+        thread = threading.Thread(target=self._tell, args=(say,), name="fleet-decisions", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._actor.hush.remote()
+            thread.join(timeout=HUSH_S)
+
+    def _tell(self, say: Callable[[str, str], Any]) -> None:
+        told = 0
+        with suppress(RayActorError):  # it ended with all that it had to say
+            while lines := ray.get(self._actor.decisions.remote(told)):
+                told += len(lines)
+                for line, detail in lines:
+                    say(line, detail)
+
+    def stop(self) -> None:
+        """End the processes."""
+        with suppress(RayActorError):
+            ray.get(self._actor.close.remote())
+        ray.kill(self._actor)
+
+    def _collect(self, *references: ray.ObjectRef) -> list[Any]:
+        return collect(references, self.role.name)
 
 
 def generate(
-    group: ActorGroup[RolloutActor],
+    fleet: RolloutFleet,
     prompts: Sequence[tuple[int, list[int]]] | Sequence[tuple[int, Row]],
     *,
     method: Callable[..., Any] = RolloutActor.generate,
@@ -139,28 +238,24 @@ def generate(
         method: ``RolloutActor.converse`` for (prompt id, row) pairs.
         on_done: called with the number of prompts done so far.
     """
-    dispatcher = Dispatcher(group)
+    sampling = {
+        "num_samples": num_samples, "temperature": temperature, "max_new_tokens": max_new_tokens, "step": step
+    }  # fmt: skip
     references: list[ray.ObjectRef] = []
+    under_way: list[ray.ObjectRef] = []
 
     def report() -> None:
         if on_done is not None:
-            on_done(min(len(prompts), CHUNK * (len(references) - dispatcher.num_unfinished())))
+            on_done(min(len(prompts), CHUNK * (len(references) - len(under_way))))
 
     for start in range(0, len(prompts), CHUNK):
+        if len(under_way) >= AHEAD * max(fleet.num_engines, 1):
+            _, under_way = ray.wait(under_way, fetch_local=False)
+            report()
         chunk = list(prompts[start : start + CHUNK])
-        dispatcher.wait_for_room()
-        references += dispatcher.submit(
-            method,
-            [chunk],
-            tokens=[len(chunk)],
-            num_samples=num_samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            step=step,
-        )
+        references += fleet.submit(method, [chunk], tokens=[len(chunk)], **sampling)
+        under_way.append(references[-1])
+    while under_way:
+        _, under_way = ray.wait(under_way, fetch_local=False)
         report()
-    rollouts: list[Rollout] = []
-    for reference in references:
-        rollouts.extend(collect([reference], group.role.name)[0])
-        report()
-    return rollouts
+    return [rollout for found in collect(references, fleet.role.name) for rollout in found]

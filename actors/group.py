@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.environment import worker_env
+from rayllm.errors import FleetExhausted
 from rayllm.startup import without_garbage_collection
 
 ActorT = TypeVar("ActorT")
@@ -68,21 +69,16 @@ class ActorGroup(Generic[ActorT]):
             arguments: rank -> the constructor's keyword arguments.
             seats: what is held for them; None: wherever there is room.
         """
-        self.role, self._arguments, self._seats = role, arguments, seats
-        methods = {"__init__": _constructor(cls), "each": _each, "whereabouts": _whereabouts}
+        self.role, self._cls, self._arguments, self._seats = role, cls, arguments, seats
+        methods = {"__init__": constructor(cls), "each": _each, "whereabouts": whereabouts}
         self._remote_cls: Any = ray.remote(type(cls.__name__, (cls,), methods))
-        self._options: dict[str, Any] = {
-            "num_cpus": role.cpus,
-            "num_gpus": role.gpus,
-            "max_concurrency": 1000 if _is_async(cls) else 1,
-            "runtime_env": {"env_vars": worker_env(role.gpus)},
-        }
         self._actors = [self._start(rank) for rank in range(role.num_actors)]
 
     def _start(self, rank: int) -> Any:
         """The actor of a rank."""
         seat = {} if self._seats is None else self._seats.options(rank)
-        return self._remote_cls.options(**{**self._options, **seat}).remote(**self._arguments(rank))
+        options = {**actor_options(self.role, self._cls), **seat}
+        return self._remote_cls.options(**options).remote(**self._arguments(rank))
 
     def whereabouts(self) -> list[tuple[str, list[str]]]:
         """Of every rank: Ray's id of its node, and of the GPUs that it has there."""
@@ -138,12 +134,24 @@ class ActorGroup(Generic[ActorT]):
             ray.kill(actor)
 
 
-def _whereabouts(self: Any) -> tuple[str, list[str]]:
-    """What `ActorGroup.whereabouts` asks an actor for."""
+def whereabouts(self: Any) -> tuple[str, list[str]]:
+    """A method of every actor: Ray's id of its node, and of the GPUs that it has there."""
     return ray.get_runtime_context().get_node_id(), [str(gpu) for gpu in ray.get_gpu_ids()]
 
 
-def _constructor(cls: type) -> Callable[..., None]:
+def actor_options(role: Role, cls: type) -> dict[str, Any]:
+    """Ray's options of each actor of a role."""
+    return {
+        "num_cpus": role.cpus,
+        "num_gpus": role.gpus,
+        "max_concurrency": 1000 if _is_async(cls) else 1,
+        "runtime_env": {"env_vars": worker_env(role.gpus)},
+    }
+
+
+def constructor(cls: type) -> Callable[..., None]:
+    """What makes an actor of the class; what it imports is collected by nobody."""
+
     def construct(self: Any, **arguments: Any) -> None:
         with without_garbage_collection():
             cls.__init__(self, **arguments)  # type: ignore[misc]
@@ -162,6 +170,7 @@ def collect(references: Sequence[Any], role: str) -> list[Any]:
 
     Raises:
         RuntimeError: a call failed or its actor died; the text names ``role`` and the cause.
+        FleetExhausted: as it was raised, also where it is why an argument of the call never came.
     """
     pending = list(references)
     try:
@@ -170,9 +179,19 @@ def collect(references: Sequence[Any], role: str) -> list[Any]:
             ray.get(done)
         return list(ray.get(list(references)))
     except RayTaskError as error:
+        cause = root_cause(error)
+        if isinstance(cause, FleetExhausted):
+            raise FleetExhausted(str(cause)) from error
         raise RuntimeError(f"{role}: {_last_line(error)}") from error
     except RayActorError as error:
         raise RuntimeError(f"{role}: an actor died: {error}") from error
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What was raised at first, behind the errors of the calls that it failed."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
 
 
 def _last_line(error: RayTaskError) -> str:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from actors.group import ActorGroup, Role, Seats
+from actors.group import Role, Seats
 from rayllm.config.common import PlacementConfig
 from rayllm.errors import InputError
 
@@ -266,7 +266,16 @@ class Where:
     """Ray's ids of the node's GPUs, a rank each; those of one rank are joined by a comma."""
 
 
-def where(groups: Iterable[ActorGroup[Any]]) -> list[Where]:
+class Placed(Protocol):
+    """Actors of one role."""
+
+    role: Role
+
+    def whereabouts(self) -> list[tuple[str, list[str]]]:
+        """As of an `ActorGroup`."""
+
+
+def where(groups: Iterable[Placed]) -> list[Where]:
     """Where every actor really runs; they must be up."""
     nodes = {node["NodeID"]: node for node in ray.nodes()}
     rows: dict[tuple[str, str], Where] = {}

@@ -58,8 +58,8 @@ class Sent:
 class RolloutActor:
     """Samples responses from one copy of the policy. Make it a Ray actor with ``ray.remote(max_concurrency=...)``.
 
-    After a restart it serves the weights of ``model_dir`` as version 0: push the current ones before using it,
-    and do not let Ray repeat a ``generate`` by itself (``max_task_retries=0``).
+    It starts with the weights of ``model_dir`` as version 0: let it `sync` the current ones before using it, and do not
+    let Ray restart it by itself, which would put these back.
 
     Args:
         model_dir: local Hugging Face folder: config, tokenizer, safetensors weights.

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from actors.vllm_engine import EXIT_CODE, EXIT_GRACE_S, FIXED_ARGS, ResultT, VllmEngine, retie, stopped
+from actors.watched import count
 from actors.weight_group import Seat, WeightGroup
 from actors.weights import Memory, pack, unpack
 
@@ -89,6 +90,7 @@ class AsyncEngine(VllmEngine):
             (output,) = [found async for found in self._llm.generate(said, params, str(next(self._ids)))]
         except EngineDeadError as error:
             raise _end_process(error) from error
+        count("responses")
         return read(output)
 
     async def _replace(
@@ -122,6 +124,7 @@ class AsyncEngine(VllmEngine):
                 self.asleep = self._empty = False
             else:
                 await self._llm.resume_generation()
+            count("weights")
         except Exception as error:  # the workers may have loaded a part
             raise _end_process(error) from error
 

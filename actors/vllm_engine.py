@@ -20,6 +20,7 @@ from torch import set_num_threads  # vLLM replaces the attribute by a function t
 
 from actors.weight_group import Seat
 from actors.weights import check_shapes, safetensors_shapes
+from rayllm.errors import EngineStopped
 from rayllm.startup import without_garbage_collection
 
 ResultT = TypeVar("ResultT")
@@ -345,5 +346,5 @@ def _prompt_logprobs(output: Any) -> tuple[int, list[float]]:
     return output.num_cached_tokens or 0, logprobs
 
 
-def stopped(error: BaseException) -> RuntimeError:
-    return RuntimeError(f"the rollout engine stopped: {error!r}")
+def stopped(error: BaseException) -> EngineStopped:
+    return EngineStopped(f"the rollout engine stopped: {error!r}")

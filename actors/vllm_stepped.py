@@ -30,6 +30,7 @@ from actors.vllm_engine import (
     set_environment,
     stopped,
 )
+from actors.watched import count
 from actors.weight_group import Seat, WeightGroup
 
 
@@ -134,6 +135,7 @@ class SteppedEngine(VllmEngine):
                 if self._error is None and self._llm.has_unfinished_requests():
                     for output in self._llm.step():
                         self._deliver(output)
+                    count("engine_steps")
         except BaseException as error:
             traceback.print_exc()
             self._fail(error)
@@ -151,6 +153,7 @@ class SteppedEngine(VllmEngine):
             block = False
             if future.set_running_or_notify_cancel():
                 command()
+                count("commands")
 
     def _add(self, call: _Call) -> None:
         try:

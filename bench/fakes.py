@@ -50,6 +50,9 @@ class FakeRolloutActor:
         await expected[0]
         return weights.version
 
+    async def proved(self) -> None:
+        return None
+
 
 class FakeModelActor:
     """For all the others: policy, critic, reference and reward model."""

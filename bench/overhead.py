@@ -24,9 +24,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from actors.fleet import PROBE_TOKENS, Dispatcher
+from actors.fleet import PROBE_TOKENS, RolloutFleet
 from actors.group import PIECES, ActorGroup, Role
-from actors.publishing import this_node
+from actors.health import Deadlines
+from actors.member import Call
+from actors.supervisor import Blueprint, Size
 from bench.fakes import FakeModelActor, FakeRolloutActor
 from bench.figures import circumstances, console, spread, written
 from bench.workload import PROMPT_TOKENS, settings
@@ -108,6 +110,22 @@ class CountingGroup(ActorGroup[Any]):
         return super().map_pieces(method, *columns, **kwargs)
 
 
+class CountingFleet(RolloutFleet):
+    """A fleet that tells its calls to ``traffic``."""
+
+    traffic: Traffic
+
+    def _submit(self, method: str, work: list[Any], tokens: int, arguments: dict[str, Any]) -> ray.ObjectRef:
+        self.traffic.call((method, work, tokens, arguments))
+        return super()._submit(method, work, tokens, arguments)
+
+    def _sync(self, call: Call) -> ray.ObjectRef:
+        self.traffic.call(call)
+        reference = super()._sync(call)
+        self.traffic.answers += [reference] if self.traffic.counting else []
+        return reference
+
+
 class Meter(Watch):
     """The run's own watch, with a look at the clocks after every step."""
 
@@ -124,9 +142,11 @@ class Meter(Watch):
         self.clocks.append((time.perf_counter(), time.process_time()))
 
 
-def measure_one(work: Path, groups: dict[str, CountingGroup], num_sequences: int) -> dict[str, Any]:
+def measure_one(
+    work: Path, groups: dict[str, CountingGroup], fleet: CountingFleet, num_sequences: int
+) -> dict[str, Any]:
     """One run of the loop; ``groups`` by role."""
-    num_actors = len(groups["rollout"])
+    num_actors = fleet.role.num_actors
     num_steps = COLD + REPEATS
     folder = work / f"{num_actors}-{num_sequences}"
     paths = {"run_dir": folder, **{key: work / "input" for key in ("model", "reward_model", "prompts")}}
@@ -136,18 +156,20 @@ def measure_one(work: Path, groups: dict[str, CountingGroup], num_sequences: int
     path = work / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     loaded = load_config(PPOConfig, path, [])
-    dispatcher, probe = Dispatcher(groups["rollout"]), [1] * PROBE_TOKENS
-    reward = RewardGroups(loaded.config.reward, {"model": groups["reward"]})
-    roles = Roles(config=loaded.config, **{**groups, "reward": reward}, dispatcher=dispatcher, probe=probe)
-    roles.rollout_nodes.add(this_node())
+    reward: Any = RewardGroups(loaded.config.reward, {"model": groups["reward"]})
+    others: dict[str, Any] = {**groups, "reward": reward, "rollout": fleet}
+    roles = Roles(config=loaded.config, **others, probe=[1] * PROBE_TOKENS)
     num_prompts = num_sequences * num_steps
     prompts = PromptData([{}] * num_prompts, [[1] * PROMPT_TOKENS] * num_prompts, {})
-    batches, controls, traffic = Batches(roles, prompts, loaded.config), Controls(loaded.config), Traffic()
-    for group in groups.values():
+    batches, controls = Batches(roles, prompts, loaded.config), Controls(loaded.config)
+    traffic = Traffic(counting=False)
+    for group in (*groups.values(), fleet):
         group.traffic = traffic
     with Path(os.devnull).open("w") as nowhere, Run("ppo", loaded) as job:
         progress = Progress(Console(file=nowhere), "ppo", num_steps)
         watch = Meter(traffic, job, loaded.config, roles, batches, controls, progress, None, None)
+        roles.sync_weights(version=0)
+        traffic.counting = True
         train(roles, batches, controls, loaded.config, watch)
     clocks = watch.clocks[COLD - 1 :]
     wall, cpu = ([1e3 * (b[i] - a[i]) for a, b in zip(clocks[:-1], clocks[1:], strict=True)] for i in (0, 1))
@@ -169,10 +191,10 @@ def measure() -> list[dict[str, Any]]:
             for name in ("policy", "critic", "reference", "reward")
         }
         for num_actors in NUM_ACTORS:
-            rollout = CountingGroup(Role("rollout", num_actors, CPUS, 0), FakeRolloutActor, lambda rank: {})
-            groups = {**others, "rollout": rollout}
-            rows += [measure_one(work, groups, num_sequences) for num_sequences in NUM_SEQUENCES]
-            rollout.stop()
+            engines = Blueprint(Role("rollout", num_actors, CPUS, 0), FakeRolloutActor, lambda number: {})
+            fleet = CountingFleet(engines, Size(num_actors, 1, num_actors, 0, 0.0), Deadlines(60.0, 60.0))
+            rows += [measure_one(work, others, fleet, num_sequences) for num_sequences in NUM_SEQUENCES]
+            fleet.stop()
     return rows
 
 

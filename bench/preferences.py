@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.fleet import generate, start_rollout_actors
+from actors.fleet import generate, start_rollout_fleet
 from actors.group import ActorGroup, Role, collect
 from actors.reward import RewardActor
+from actors.rollout import RolloutActor
 from jobs.evaluate import compare
 from jobs.judging import judge_rollouts, response_text
 from jobs.session import ray_session
@@ -63,7 +64,9 @@ class Sampler:
     def __init__(self, source: Path) -> None:
         self.config = RolloutConfig()
         self.tokenizer = load_tokenizer(source / "sft/model")
-        self._rollout = start_rollout_actors(self.config, source / "sft/model", seed=0)
+        model = (source / "sft/model").absolute()
+        self._rollout = start_rollout_fleet(self.config, model, seed=0)
+        self._rollout.sync(RolloutActor.load, str(model))
         self._reward = ActorGroup(
             Role("reward", 1, 0.5, 0), RewardActor,
             lambda rank: {"model": str((source / "reward_model/model").absolute()), "micro_batch_size": 64},

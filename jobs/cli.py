@@ -18,14 +18,14 @@ from rich.table import Table
 
 from jobs import stopping
 from rayllm.config.base import Config, describe_fields, is_on_hub, is_remote, load_config
-from rayllm.errors import InputError
+from rayllm.errors import FleetExhausted, InputError
 from rayllm.lineage import config_inputs
 from rayllm.startup import without_garbage_collection
 
 LOG_WIDTH = 140
 """Columns of tables and paragraphs when the output goes to a file or a pipe."""
 
-EXIT_FAILED, EXIT_INPUT = 1, 2
+EXIT_FAILED, EXIT_INPUT, EXIT_EXHAUSTED = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C, 143 SIGTERM."""
+    """Run one command and exit: 0 done, 1 failed, 2 wrong input, 3 too few engines left, 130 Ctrl-C, 143 SIGTERM."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
@@ -158,7 +158,7 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
             raise
         console.print(f"[red]failed:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         console.print("[dim]-v prints the libraries' own output[/dim]")
-        return EXIT_FAILED
+        return EXIT_EXHAUSTED if isinstance(error, FleetExhausted) else EXIT_FAILED
     if getattr(job, "done", False):
         console.print(f"[dim]✓ {job.stage} in {job.dir} is done and unchanged[/dim]", highlight=False)
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from actors.fleet import generate, rollout_role, start_rollout_actors
+from actors.fleet import RolloutFleet, generate, rollout_role, start_rollout_fleet
 from actors.group import ActorGroup, Role, collect
 from actors.placement import Placement, reserve
 from actors.reference import ReferenceActor
@@ -52,7 +52,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Actors:
-    rollout: ActorGroup[RolloutActor]
+    rollout: RolloutFleet
     reward: ActorGroup[RewardActor]
     reference: ActorGroup[ReferenceActor]
     text: ActorGroup[ReferenceActor]
@@ -134,7 +134,7 @@ def start(config: EvaluateConfig, roles: Sequence[Role], placement: Placement) -
     first = next(iter(config.models.values()))
     lm = {"temperature": config.rollout.temperature, "micro_batch_size": 64}
     return Actors(
-        rollout=start_rollout_actors(config.rollout, first, seed=config.seed, seats=placement.seats(rollout)),
+        rollout=start_rollout_fleet(config.rollout, first, seed=config.seed, seats=placement.seats(rollout)),
         reward=ActorGroup(
             reward,
             RewardActor,
@@ -155,7 +155,7 @@ def ask(
     actors: Actors, config: EvaluateConfig, model: Path, prompts: dict[str, PromptData], tokenizer: Any
 ) -> dict[str, Answers]:
     """Every split, sampled as in training and greedily, judged and scored."""
-    actors.rollout.call(RolloutActor.load, str(model.absolute()))
+    actors.rollout.sync(RolloutActor.load, str(model.absolute()))
     answers = {}
     for split, data in prompts.items():
         asked = list(enumerate(prompt_ids(model, data, tokenizer)))

@@ -22,7 +22,7 @@ from jobs.judging import check_world_rows
 from jobs.ppo_batches import Batches
 from jobs.ppo_rewards import ShardScores, check_rows, check_sources
 from jobs.ppo_roles import Roles
-from jobs.ppo_watch import SHOWN, Controls, Watch
+from jobs.ppo_watch import SHOWN, Controls, Watch, teller
 from jobs.session import ray_session
 from rayllm.config.base import Loaded
 from rayllm.config.ppo import PPOConfig
@@ -64,8 +64,8 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
                 metrics = roles.update(experience, step=step, kl_coef=controls.kl_coef)
             check_mismatch(metrics, roles.logprob_tolerance)
             with watch.timed("time/sync"):
-                roles.sync_weights(version=step + 1)
                 roles.move_reference(step + 1)
+                roles.sync_weights(version=step + 1)
         metrics |= controls.after(metrics)
         watch.after(step + 1, metrics)
 
@@ -132,9 +132,9 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
             ray_up = seconds_since_start()
             with reserve(needs, config.placement, console.print) as placement:
                 print_preamble(console, job, placement=placement.describe(), trained=trained)
-                with Progress(console, "ppo", config.num_steps) as progress:
+                roles = Roles.start(config, prompts, placement, ptx_tokens=job.dir / "ptx.npy")
+                with Progress(console, "ppo", config.num_steps) as progress, roles.rollout.told(teller(job, console)):
                     progress.status(f"starting {', '.join(role.name for role in needs)}")
-                    roles = Roles.start(config, prompts, placement, ptx_tokens=job.dir / "ptx.npy")
                     ready = roles.wait()
                     print_where(console, job, where(roles.groups))
                     started = {"imports": imported, "ray": ray_up - imported, **ready, "all": seconds_since_start()}

@@ -115,7 +115,7 @@ class Batches:
         return shards
 
     def _sample(self, spans: list[PromptSpan], step: int) -> list[ray.ObjectRef]:
-        return self.roles.dispatcher.submit(
+        return self.roles.rollout.submit(
             RolloutActor.experience, spans, tokens=[self._tokens(span) for span in spans], step=step
         )
 

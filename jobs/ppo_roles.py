@@ -11,16 +11,17 @@ import ray
 
 from actors.critic import CriticActor
 from actors.fleet import (
-    Dispatcher,
+    RolloutFleet,
     engine_dtype,
     engine_workers,
     logprob_tolerance,
     probe_tokens,
-    start_rollout_actors,
+    start_rollout_fleet,
 )
-from actors.group import ActorGroup, Role, collect
+from actors.group import ActorGroup, Role, Seats, collect
 from actors.learner import LearnerActor
-from actors.placement import Placement
+from actors.member import Call
+from actors.placement import Placed, Placement
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.rollout import RolloutActor, Sent
@@ -42,12 +43,8 @@ class Roles:
     critic: ActorGroup[CriticActor] | None
     reference: ActorGroup[ReferenceActor] | None
     reward: RewardGroups
-    rollout: ActorGroup[RolloutActor]
-    dispatcher: Dispatcher
+    rollout: RolloutFleet
     probe: list[int]
-    rollout_nodes: set[str] = field(default_factory=set)
-    """Where the rollout actors live."""
-
     setups: dict[str, list[Any]] = field(default_factory=dict)
     """Role -> the calls that make it ready."""
 
@@ -64,19 +61,12 @@ class Roles:
         """
         needed = {role.name: role for role in cls.needs(config)}
         learner = {"config": config, "ptx_tokens": ptx_tokens.absolute() if config.ptx.documents else None}
-        rollout = start_rollout_actors(
-            config.rollout.model_copy(update={"engine": config.engine}),
-            config.model,
-            seed=config.seed,
-            environment=config.environment,
-            seats=placement.seats(needed["rollout"]),
-        )
+        rollout = _start_engines(config, prompts, placement.seats(needed["rollout"]))
         if config.placement.mode == "colocated":
             rollout.call(RolloutActor.sleep, keep_weights=True)
         roles = cls(
             config=config,
             rollout=rollout,
-            dispatcher=Dispatcher(rollout),
             probe=probe_tokens(vocabulary_size(config.model), max_positions(config.model)),
             policy=ActorGroup(
                 needed["policy"],
@@ -107,13 +97,7 @@ class Roles:
             reward=RewardGroups.start(config, prompts, placement),
         )
         roles.setups.update(roles.reward.setup())
-        roles.setups["rollout"] = roles.rollout.submit(
-            RolloutActor.set_prompts,
-            ray.put(prompts.token_ids if config.environment.name is None else prompts.rows),
-            num_samples=config.samples_per_prompt,
-            temperature=config.rollout.temperature,
-            max_new_tokens=config.rollout.max_new_tokens,
-        )
+        roles.setups["rollout"] = [roles.rollout.started()]
         for group, method in ((roles.policy, PolicyActor.setup), (roles.critic, CriticActor.setup)):
             if group is not None:
                 roles.setups[group.role.name] = group.submit(method, group.submit(PolicyActor.address, rank=0)[0])
@@ -129,8 +113,8 @@ class Roles:
         if self.takes_turns:
             self.rollout.call(RolloutActor.wake)
         infos = self.rollout.call(RolloutActor.info)
-        self.rollout_nodes.update(info["node"] for info in infos)
         self._join_engines()
+        self.rollout.grow()  # not before: what others need to start is not for more engines
         return seconds | {
             "vllm_import": infos[0]["import_seconds"],
             "vllm_engine": infos[0]["init_seconds"],
@@ -138,10 +122,10 @@ class Roles:
         }
 
     @property
-    def groups(self) -> list[ActorGroup[Any]]:
+    def groups(self) -> list[Placed]:
         """All of them."""
-        learners = [self.policy, self.critic, self.reference]
-        return [*(group for group in learners if group is not None), *self.reward.groups.values(), self.rollout]
+        groups = [self.policy, self.critic, self.reference, *self.reward.groups.values(), self.rollout]
+        return [group for group in groups if group is not None]
 
     @property
     def takes_turns(self) -> bool:
@@ -160,15 +144,17 @@ class Roles:
         if kind == "memory":
             return
         workers = engine_workers(self.config.rollout)
-        engines = [[rank] for rank in range(len(self.rollout))] if kind == "ipc" else [list(range(len(self.rollout)))]
+        count = self.config.rollout.num_actors
+        engines = [[rank] for rank in range(count)] if kind == "ipc" else [list(range(count))]
         joining: list[Any] = []
+        seats: list[tuple[Seat]] = []
         for rank, members in enumerate(engines):
             ((host, port),) = collect(self.policy.submit(PolicyActor.address, rank=rank), "policy")
             seat = Seat(host, port, 0, 1 + len(members) * workers, kind)
             joining += self.policy.submit(PolicyActor.join_engines, seat, rank=rank)
-            for place, engine in enumerate(members):
-                joining += self.rollout.submit(RolloutActor.join, seat.moved(1 + place * workers), rank=engine)
-        collect(joining, "rollout")
+            seats += [(seat.moved(1 + place * workers),) for place in range(len(members))]
+        self.rollout.call(RolloutActor.join, seats)
+        collect(joining, "policy")
 
     def logprobs(self, shards: list[Any]) -> list[Any]:
         """Of every shard under the policy before this step's updates. None each where one update makes the step: its
@@ -194,7 +180,10 @@ class Roles:
         for it."""
         if not self.config.algorithm.estimator.needs_greedy_baseline:
             return []
-        return list(zip(*self.reward.score(self.rollout.map(RolloutActor.greedy, shards, step=step)), strict=True))
+        rows = self.config.prompts_per_step // len(shards) * self.config.samples_per_prompt
+        tokens = [rows * self.config.rollout.max_new_tokens] * len(shards)
+        greedy = self.rollout.submit(RolloutActor.greedy, shards, tokens=tokens, step=step)
+        return list(zip(*self.reward.score(greedy), strict=True))
 
     def sleep_engines(self) -> None:
         """Colocated: the engines leave their GPUs to the learners, until new weights wake them (`sync_weights`)."""
@@ -218,13 +207,13 @@ class Roles:
         dtype = engine_dtype(self.config.rollout)
         weights: Any
         if self.config.rollout.weight_transfer == "memory":
-            nodes = sorted(self.rollout_nodes)
-            sending = self.policy.submit(PolicyActor.publish_weights, version, dtype=dtype, nodes=nodes)
+            readers = self.rollout.readers()
+            sending = self.policy.submit(PolicyActor.publish_weights, version, dtype=dtype, nodes=readers)
             weights = sending[0]
         else:
             sending, weights = self.policy.submit(PolicyActor.send_weights, dtype=dtype), Sent(version)
         expected = self.policy.submit(PolicyActor.text_logprobs, self.probe)[0]
-        loading = self.rollout.submit(
+        loading = self.rollout.begin_sync(
             RolloutActor.sync,
             weights,
             probe=self.probe,
@@ -233,12 +222,14 @@ class Roles:
             keep_cache=self.config.rollout.keep_cache,
         )
         collect(sending, "policy")
-        collect(loading, "rollout")
+        self.rollout.end_sync(loading)
 
     def move_reference(self, step: int) -> None:
-        """Every ``reference.update_every`` steps the reference moves towards the policy."""
+        """Every ``reference.update_every`` steps the reference moves towards the policy. What the engines may read is
+        written over: they want the next `sync_weights`."""
         every = self.config.reference.update_every
         if self.reference is not None and every is not None and step % every == 0:
+            collect([self.rollout.readers()], "rollout")
             weights = self.policy.call(PolicyActor.publish_weights, step)[0]
             self.reference.call(ReferenceActor.move, weights, ema=self.config.reference.ema)
 
@@ -288,6 +279,27 @@ class Roles:
         self.policy.call(PolicyActor.export, str(job.model_dir.absolute()))
         if self.critic is not None:
             self.critic.call(CriticActor.export, str((job.dir / "critic").absolute()))
+
+
+def _start_engines(config: PPOConfig, prompts: PromptData, seats: Seats) -> RolloutFleet:
+    """Each with the prompts, so that a step is asked for by numbers only."""
+    kept = ray.put(prompts.token_ids if config.environment.name is None else prompts.rows)
+    sampling = {
+        "num_samples": config.samples_per_prompt,
+        "temperature": config.rollout.temperature,
+        "max_new_tokens": config.rollout.max_new_tokens,
+    }
+    return start_rollout_fleet(
+        config.rollout.model_copy(update={"engine": config.engine}),
+        config.model,
+        seed=config.seed,
+        environment=config.environment,
+        fleet=config.rollout,
+        fixed=config.rollout.weight_transfer != "memory" or config.placement.mode == "colocated",
+        wait_s=config.placement.wait_s,
+        setup=[Call(RolloutActor.set_prompts.__name__, (kept,), sampling)],
+        seats=seats,
+    )
 
 
 def _seconds_until_done(calls: dict[str, list[Any]]) -> dict[str, float]:

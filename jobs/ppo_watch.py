@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from rich.console import Console
 from rich.markup import escape
 
 from actors.fleet import generate
@@ -86,6 +87,20 @@ class Controls:
         self.scales.load(state["scales"])
 
 
+def teller(job: Run, console: Console) -> Callable[[str, str], None]:
+    """Who writes down what is decided about engines: on the screen, in events.jsonl, details in the logs."""
+
+    def tell(line: str, detail: str) -> None:
+        if detail:
+            job.logs_dir.mkdir(exist_ok=True)
+            with (job.logs_dir / "rollout-stacks.txt").open("a") as file:
+                file.write(f"{line}\n{detail}\n")
+        console.print(f"rollout: {line}", markup=False, highlight=False, soft_wrap=True)
+        job.note(f"rollout: {line}")
+
+    return tell
+
+
 class Watch:
     """Log, evaluation and checkpoints of a run."""
 
@@ -124,6 +139,7 @@ class Watch:
         """``step`` steps are done."""
         metrics = {**metrics, **self._times}
         rows = self.config.prompts_per_step * self.config.samples_per_prompt
+        metrics["rollout/engines"] = float(self.roles.rollout.num_engines)
         metrics["perf/tokens_per_second"] = rows * metrics["response/length_mean"] / metrics["time/step"]
         if step % self.config.eval.every_steps == 0 or step == self.config.num_steps:
             metrics |= self.evaluate()
@@ -222,6 +238,7 @@ class Watch:
             self._tell(note)
         if found is None:
             self.job.rewind(-1)
+            self.roles.sync_weights(version=0)
             self.job.log(0, startup | self.evaluate())
             self._boundary = self._state(0)
             return

@@ -12,3 +12,12 @@ class InputError(ValueError):
 
 class RewardError(RuntimeError):
     """A source of rewards failed, and its policy is to stop. The text names the source and what it did."""
+
+
+class EngineStopped(RuntimeError):
+    """A rollout engine failed, and its process ends. The work that it had can be done by another one."""
+
+
+class FleetExhausted(RuntimeError):
+    """Fewer actors of a role are left than the run needs, and no more will come. The command exits with 3; the last
+    checkpoint is as it was, and the same command continues there."""

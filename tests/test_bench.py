@@ -34,7 +34,7 @@ def test_a_run_leaves_complete_figures(tiny_model_dir, tmp_path, monkeypatch):
         assert 0 <= step["driver_cpu"] <= step["all_cpu"]
     assert set(result["steps"][0]) == set(result["warm"])
     assert all(figure["q1"] <= figure["median"] <= figure["q3"] for figure in result["warm"].values())
-    kinds = {"driver", "ray", "PolicyActor", "RolloutActor", "SourceActor"}
+    kinds = {"driver", "ray", "FleetActor", "PolicyActor", "RolloutActor", "SourceActor"}
     write_report(str(tmp_path), str(tmp_path / "RESULTS.md"))
     text = (tmp_path / "RESULTS.md").read_text()
     assert "## GRPO, 0M, rollout.num_actors=1" in text and result["machine"]["cpu"] in text

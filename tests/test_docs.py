@@ -41,6 +41,7 @@ RUN_BY = {
     "rayllm sft run_dir=/shared/sft storage_path=s3://bucket": "tests/jobs/test_shared_storage.py",
     "rayllm pipeline run_dir=/shared/run storage_path=s3://bucket": "tests/jobs/test_shared_storage.py",
     "rayllm ppo --config my-ppo.yaml placement.wait_s=1800 --address": "tests/jobs/test_cluster.py",
+    "rayllm ppo --config my-ppo.yaml rollout.max_engines=8": "tests/jobs/test_elastic.py",
     **{f".venv/bin/rayllm {name} runs/quickstart/ppo/model": ".ci/run" for name in ("lineage", "verify", "export")},
 }
 """Beginning of a command -> the file that runs it."""

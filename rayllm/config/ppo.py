@@ -124,7 +124,7 @@ class PPOConfig(DataJobConfig):
         from math import lcm
 
         ranks = lcm(*self.learner_ranks.values())
-        wanted = max(2, self.rollout.num_actors)
+        wanted = max(2, self.rollout.max_engines or self.rollout.num_actors)
         return ranks * -(-wanted // ranks)
 
     @model_validator(mode="after")
@@ -132,8 +132,9 @@ class PPOConfig(DataJobConfig):
         shards = self.num_shards
         if self.prompts_per_step % shards:
             near = max(shards, round(self.prompts_per_step / shards) * shards)
-            roles = self.learner_ranks | {"rollout": self.rollout.num_actors}
-            counts = ", ".join(f"{role}.num_actors={count}" for role, count in roles.items())
+            counts = ", ".join(f"{role}.num_actors={count}" for role, count in self.learner_ranks.items())
+            most = self.rollout.max_engines
+            counts += f", rollout.max_engines={most}" if most else f", rollout.num_actors={self.rollout.num_actors}"
             raise ValueError(
                 f"prompts_per_step={self.prompts_per_step} does not divide into {shards} shards ({counts}); "
                 f"nearest that does: prompts_per_step={near}"

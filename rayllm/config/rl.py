@@ -209,7 +209,27 @@ class PtxConfig(Config):
     """Tokens per row."""
 
 
-class PPORolloutConfig(RolloutConfig):
+class FleetConfig(Config):
+    """Engines that come, go and fail while the run goes on."""
+
+    min_engines: int = Field(1, ge=1)
+    """Fewest engines with which the run goes on. With fewer, and none that comes within placement.wait_s, it ends with
+    status 3 and its last checkpoint. At most num_actors, with which it starts."""
+
+    max_engines: int | None = Field(None, ge=1)
+    """Most engines: while the run goes on, more than num_actors are started as the cluster has room for them or an
+    autoscaler brings nodes. Null: num_actors."""
+
+    stall_s: float = Field(600, gt=0)
+    """Seconds for which an engine with work may make no progress: no step of it, on a GPU no finished response. Then
+    its process is ended, its work goes to the others, and it is started anew. After half of them it gets no more
+    work."""
+
+    max_restarts: int = Field(5, ge=0)
+    """Engines that are started anew within an hour because they failed. One that goes with its node does not count."""
+
+
+class PPORolloutConfig(RolloutConfig, FleetConfig):
     cut_tail: bool = False
     """Train on the responses that are done first, not on those begun first: long ones are carried over to later steps,
     as far as max_policy_lag allows. Needs max_policy_lag above 0."""
@@ -222,7 +242,28 @@ class PPORolloutConfig(RolloutConfig):
     weight_transfer: Literal["memory", "broadcast", "ipc"] = "memory"
     """How new weights reach the engines: through `memory` of the host, adapters alone where only they train; or from
     GPU to GPU, by `broadcast` (NCCL) or, where policy rank i and engine i share a GPU (placement.mode=colocated), by
-    CUDA `ipc`."""
+    CUDA `ipc`. Only through memory can engines come and go, and not where they are colocated: otherwise the first one
+    that is lost ends the run, with status 3."""
+
+    @model_validator(mode="after")
+    def _sizes_in_order(self) -> PPORolloutConfig:
+        if self.min_engines > self.num_actors:
+            raise ValueError(
+                f"rollout.min_engines={self.min_engines} is more than the rollout.num_actors={self.num_actors} that "
+                "the run starts with; lower it or raise num_actors"
+            )
+        if self.max_engines is not None and self.max_engines < self.num_actors:
+            raise ValueError(
+                f"rollout.max_engines={self.max_engines} is less than rollout.num_actors={self.num_actors}; "
+                "raise it or set it to null"
+            )
+        if self.weight_transfer != "memory" and (self.max_engines or 0) > self.num_actors:
+            raise ValueError(
+                f"rollout.max_engines={self.max_engines} lets engines join a running job, which the fixed group of "
+                f"rollout.weight_transfer={self.weight_transfer} does not; set weight_transfer=memory or "
+                "max_engines=null"
+            )
+        return self
 
 
 class EvalConfig(Config):

@@ -70,9 +70,10 @@ def environment(home: Path) -> dict[str, str]:
     return {**kept, **quick, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(home), "TMPDIR": "/tmp"}
 
 
-def start_head(folder: Path, *options: str) -> Iterator[Cluster]:
-    """`ray start --head` with token authentication; ends with all its processes."""
-    gcs, dashboard, agent = free_ports(3)
+def start_head(folder: Path, *options: str, gcs: int | None = None, **changes: str) -> Iterator[Cluster]:
+    """`ray start --head` with token authentication; ends with all its processes. ``changes`` are of its environment."""
+    dashboard, agent, free = free_ports(3)
+    gcs = gcs or free
     short = tempfile.mkdtemp(prefix="rt-", dir="/tmp")  # paths of sockets must be short
     env = {**environment(folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     command = [
@@ -82,7 +83,7 @@ def start_head(folder: Path, *options: str) -> Iterator[Cluster]:
     ]  # fmt: skip
     with (folder / "head.log").open("w") as out:
         head = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**env, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+            command, stdout=out, stderr=subprocess.STDOUT, env={**env, "RAY_JOB_STOP_WAIT_TIME_S": "60", **changes}
         )
     cluster = Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
 

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from actors.fleet import Dispatcher, generate
+from actors.fleet import RolloutFleet, generate
 from actors.group import ActorGroup, Role
+from actors.health import Deadlines
 from actors.rollout import RolloutActor
+from actors.supervisor import Blueprint, Size
 from jobs.ppo_batches import Batches
 from jobs.ppo_rewards import RewardGroups
 from rayllm.config.base import load_config
@@ -31,6 +33,9 @@ class Sampler:
     async def set_version(self, version: int) -> None:
         self.version = version
 
+    async def proved(self) -> None:
+        return None
+
     async def experience(self, span, *, step):
         prompt_ids = PromptStream(NUM_PROMPTS, seed=0).ids(span)
         await asyncio.sleep(0.3 if SLOW in prompt_ids else 0.0)
@@ -48,7 +53,8 @@ class Scorer:
 
 @pytest.fixture(scope="module")
 def groups(local_ray):
-    sampler = ActorGroup(Role("rollout", 2, 0.1, 0), Sampler, lambda rank: {"rank": rank})
+    engines = Blueprint(Role("rollout", 2, 0.1, 0), Sampler, lambda number: {"rank": number})
+    sampler = RolloutFleet(engines, Size(2, 2, 2, 0, 0.0), Deadlines(60.0, 60.0))
     scorer = ActorGroup(Role("reward", 1, 0.1, 0), Scorer, lambda rank: {})
     yield sampler, scorer
     for group in (sampler, scorer):
@@ -59,13 +65,13 @@ def groups(local_ray):
 def make(groups, tmp_path):
     """Batches over two samplers, from a few settings."""
     sampler, scorer = groups
-    sampler.call(Sampler.set_version, 0)
+    sampler.sync(Sampler.set_version, 0)
 
     def batches(*settings: str) -> Batches:
         keys = [f"run_dir={tmp_path}", "model=m", "reward_model=r", "prompts=p", "prompts_per_step=4",
                 f"num_steps={STEPS}", "rollout.num_actors=2"]  # fmt: skip
         config = load_config(PPOConfig, None, [*keys, *settings]).config
-        roles = SimpleNamespace(rollout=sampler, reward=RewardGroups(config.reward, {"model": scorer}), dispatcher=Dispatcher(sampler))
+        roles = SimpleNamespace(rollout=sampler, reward=RewardGroups(config.reward, {"model": scorer}))
         return Batches(roles, PromptData([{}] * NUM_PROMPTS, [[1]] * NUM_PROMPTS, {}), config)
 
     return batches
@@ -78,7 +84,7 @@ def train(batches: Batches, steps: range) -> list[dict]:
         shards, scores = batches.take(step)
         told = ray.get(shards)
         assert ray.get([one for (one,) in scores]) == [shard["prompts"] for shard in told]
-        batches.roles.rollout.call(Sampler.set_version, step + 1)
+        batches.roles.rollout.sync(Sampler.set_version, step + 1)
         found += [shard | {"trained": step} for shard in told]
     return found
 
@@ -121,7 +127,7 @@ def test_work_goes_to_the_actor_with_the_fewest_tokens_before_it(make):
     place = order.ids(PromptSpan(0, 0, NUM_PROMPTS)).index(SLOW)
     work = [PromptSpan(0, start % NUM_PROMPTS, 1) for start in (place + 1, place, place + 2, place + 3)]
     tokens = [10, 100, 10, 20]
-    found = ray.get(roles.dispatcher.submit(RolloutActor.experience, work, tokens=tokens, step=0))
+    found = ray.get(roles.rollout.submit(RolloutActor.experience, work, tokens=tokens, step=0))
     assert [shard["prompts"] for shard in found] == [order.ids(span) for span in work]
     assert [shard["rank"] for shard in found] == [1, 0, 1, 1]
 

@@ -113,7 +113,7 @@ def test_ppo_stays_a_config_that_one_can_read():
     # The fields that are PPO's own; an optimizer, a learner or the placement is the same everywhere.
     shared = re.compile(r"\.optimizer\.|\.learner\.|^placement\.")
     own = [key for key, *_ in describe_fields(PPOConfig) if not shared.search(key)]
-    assert len(own) <= 97
+    assert len(own) <= 99
 
 
 QUICKSTART = ("quickstart", "preference-quickstart", "online-preference-quickstart")
@@ -228,6 +228,24 @@ def test_learning_rate_schedules_by_hand():
     assert linear.learning_rate_at(6, 10) == pytest.approx(0.55)
     assert linear.learning_rate_at(8, 10) == pytest.approx(0.1 + 0.9 * 0.25)
     assert cosine.model_copy(update={"schedule": "constant"}).learning_rate_at(9, 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.num_actors=2", "rollout.min_engines=3"], "rollout.min_engines=3 is more than the rollout.num_actors=2"),
+        (["rollout.num_actors=4", "rollout.max_engines=3"], "rollout.max_engines=3 is less than rollout.num_actors=4"),
+        (["rollout.max_engines=2", "rollout.weight_transfer=broadcast"], "rollout.max_engines=2 .* rollout.weight_transfer=broadcast"),
+        (["rollout.max_engines=5", "prompts_per_step=96"], r"96 does not divide into 5 shards \(.*, rollout.max_engines=5\)"),
+    ],
+)
+def test_the_fleet_stays_within_its_bounds(overrides, message):
+    with pytest.raises(InputError, match=message):
+        ppo(*overrides)
+
+
+def test_a_step_has_shards_for_all_engines_that_may_come():
+    assert ppo("rollout.num_actors=1", "rollout.max_engines=8").config.num_shards == 8
 
 
 @pytest.mark.parametrize(

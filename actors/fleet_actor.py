@@ -1,0 +1,186 @@
+"""Which engine samples what, and with which weights: one actor routes the work of a run to its engines.
+
+Work comes in pieces and goes to the engine with the fewest tokens before it. When an engine is lost its unfinished
+pieces go to the others; what a sample says depends on seeds and weights alone, so nothing else changes. An answer
+passes through this process: it outlives the engine, and the node, that made it.
+
+The engines are supervised (``supervisor.py``): one that is lost is replaced. Whoever starts later than the others is
+set up like them, and makes the last sync, proved, before its first piece of work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.health import Deadlines, State
+from actors.member import Call, Lost, Member
+from actors.supervisor import Blueprint, Size, Supervisor
+
+MAX_LOSSES = 3
+"""Engines that may be lost with one piece of work under way: the next one would die of it too."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    number: int
+    state: State
+    pid: int | None
+    node: str | None
+    served: int
+    """Pieces of work that it finished."""
+
+
+class Engine(Member):
+    """A member of the fleet with what it has to do."""
+
+    noun = "engine"
+    tokens = 0
+    pieces = 0
+    served = 0
+    reading = False
+    """New weights, from where the learner left them."""
+
+    def leaves(self) -> str:
+        return f"; {self.pieces} unfinished pieces of work go to the others" if self.pieces else ""
+
+
+class FleetActor(Supervisor[Engine]):
+    """The actor itself: one to a run, without a GPU, on the driver's node."""
+
+    def __init__(self, blueprint: Blueprint, size: Size, deadlines: Deadlines) -> None:
+        super().__init__(Engine, blueprint, size, deadlines)
+        self._sync: Call | None = None
+        self._publishing = False
+        self._served = False
+        """Whether any engine ever did: before, one that cannot start is a mistake of whoever asked for it."""
+
+    async def work(self, method: str, work: list[Any], tokens: int, arguments: Mapping[str, Any]) -> Any:
+        """What the method of some engine returns.
+
+        Args:
+            work: the one piece; a reference in it is waited for and goes on as a reference.
+            tokens: what it costs.
+
+        Raises:
+            FleetExhausted: too few engines are left.
+            RuntimeError: engine after engine was lost with this piece under way.
+            Exception: whatever the method raised.
+        """
+        if isinstance(work[0], ray.ObjectRef):  # an engine that waits for it would look as if it hung
+            await asyncio.to_thread(ray.wait, work, fetch_local=False)
+        lost: list[str] = []
+        while len(lost) < MAX_LOSSES:
+            await self._until(lambda: bool(self._in(State.READY)))
+            engine = min(self._in(State.READY), key=lambda e: e.tokens)
+            engine.tokens += tokens
+            engine.pieces += 1
+            try:
+                answer = await engine.call(Call(method, tuple(work), arguments))
+                engine.served += 1
+                return answer
+            except Lost as error:
+                lost.append(str(error))
+            finally:
+                engine.tokens -= tokens
+                engine.pieces -= 1
+        raise RuntimeError(f"{', '.join(lost)} were lost, one by one, with the same work: {reprlib.repr(work)}")
+
+    async def readers(self) -> list[str] | None:
+        """Nodes whose engines will read the weights that are published next; None: any may. From now until they are
+        announced by `sync` nobody begins to read, for what is read now changes."""
+        self._publishing = True
+        await self._until(lambda: not any(engine.reading for engine in self._members.values()))
+        if self._size.most > self._size.start:
+            return None
+        role, nodes = self._blueprint.role, await asyncio.to_thread(ray.nodes)
+        fits = [node for node in nodes if node["Alive"] and role.cpus <= node["Resources"].get("CPU", 0)]
+        return sorted(node["NodeID"] for node in fits if role.gpus <= node["Resources"].get("GPU", 0))
+
+    async def sync(self, call: Call) -> int:
+        """Let every engine make the call, and every later one before it serves; returns how many serve. Does not wait
+        for an engine that makes no progress: it serves no more until it has made the call. References among the call's
+        arguments are waited for first: while the weights are written nobody is to wait for them in an engine."""
+        args = [await value if isinstance(value, ray.ObjectRef) else value for value in call.args]
+        call = call._replace(args=tuple(args))
+        if not self._served:
+            await self.started()
+        self._sync, self._publishing = call, False
+        serving = self._in(State.READY, State.SUSPECT) if self._served else self._up()
+        for engine in self._members.values():
+            engine.health.behind()
+        self._changed()
+        await self._until(lambda: not any(engine.state is State.SYNCING for engine in serving))
+        return len(self._in(State.READY))
+
+    async def each(self, method: str, rows: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any]) -> list[Any]:
+        """A method of every engine that is up, in their order; of one that is lost meanwhile nothing."""
+        if not self._served:
+            await self.started()
+        engines = self._up()
+        given = rows or [()] * len(engines)
+        calls = [engine.call(Call(method, row, kwargs)) for engine, row in zip(engines, given, strict=True)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        kept = [answer for answer in answers if not isinstance(answer, Lost)]
+        for answer in kept:
+            if isinstance(answer, BaseException):
+                raise answer
+        return kept
+
+    async def status(self) -> list[EngineStatus]:
+        """Of all engines that are not buried yet."""
+        found = []
+        for engine in self._members.values():
+            pid, node = (engine.report.pid, engine.report.node) if engine.report else (None, None)
+            found.append(EngineStatus(engine.number, engine.state, pid, node, engine.served))
+        return found
+
+    async def _keep(self, engine: Engine) -> None:
+        """Set an engine up and keep it in step with the learner, as long as it lives."""
+        done: Call | None = None
+        try:
+            for call in (Call("__ray_ready__"), *self._blueprint.setup):
+                await engine.call(call)
+            engine.health.started()
+            self._changed()
+            while True:
+                await self._until(lambda made=done: not self._publishing and self._sync is not made)  # type: ignore[misc]
+                done = await self._synced(engine, first=done is None) or done
+        except Lost:
+            if engine.could_not_start and not self._served:
+                raise RuntimeError(f"an engine could not start: {engine.could_not_start}") from None
+
+    async def _synced(self, engine: Engine, *, first: bool) -> Call | None:
+        """The sync that the engine has made; None if it must be made again, for what it read was being replaced."""
+        sync = self._sync
+        assert sync is not None
+        engine.reading = True
+        try:
+            await engine.call(sync)
+            if first:  # the others prove it while they sample, and hand nothing out before
+                await engine.call(Call("proved"))
+        except Lost:
+            raise
+        except Exception:
+            if self._is_newest(sync):
+                raise
+        finally:
+            engine.reading = False
+            self._changed()
+        if not self._is_newest(sync):
+            return None
+        if first and engine.number >= self._size.start:
+            self._say(f"engine {engine.number} serves: it has the policy's weights, proved")
+        engine.health.synced()
+        self._served = True
+        self._changed()
+        return sync
+
+    def _is_newest(self, sync: Call) -> bool:
+        return self._sync is sync and not self._publishing
+

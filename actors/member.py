@@ -1,0 +1,158 @@
+"""One watched actor as its supervisor sees it: what it is asked, whether it still works, and how it is ended.
+
+For any role; the supervisor runs an event loop and calls `look` now and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import ray
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.environment import worker_env
+from actors.group import root_cause
+from actors.health import Deadlines, Health, State
+from actors.watched import Report, end_process
+from rayllm.errors import EngineStopped
+
+BURIAL_S = 20.0
+"""How long the node of a lost actor may take to end its process; one that takes longer is lost too."""
+
+
+class Call(NamedTuple):
+    """A method and what it is called with, also for actors that are yet to come."""
+
+    method: str
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+
+
+class Lost(Exception):
+    """The actor that was asked is lost."""
+
+
+class Member:
+    """An actor from its start to its burial. ``noun`` is what people call its like.
+
+    Args:
+        number: told apart by it; an actor that takes the place of a lost one has another.
+        clock: seconds, on which deadlines count.
+        on_lost: called once, with the reason.
+    """
+
+    noun = "actor"
+    place = 0
+    """Which of the role's places it has."""
+
+    def __init__(
+        self,
+        number: int,
+        handle: Any,
+        deadlines: Deadlines,
+        clock: Callable[[], float],
+        on_lost: Callable[[Member, str], None],
+    ) -> None:
+        self.number, self._handle, self._clock, self._on_lost = number, handle, clock, on_lost
+        self.name = f"{self.noun} {number}"
+        self.health = Health(deadlines, clock())
+        self.report: Report | None = None
+        self.could_not_start: str | None = None
+        """What its constructor raised."""
+        self._gone = asyncio.get_running_loop().create_future()
+
+    @property
+    def state(self) -> State:
+        return self.health.state
+
+    def heard(self, report: Report) -> None:
+        """Its process said how far its counters are."""
+        self.report = report
+        self.health.report(report.counters, self._clock())
+
+    def look(self) -> State | None:
+        """Its state, if that is another one than before; a dead one is lost by then."""
+        state, still = self.health.look(self._clock()), self.still
+        if state is State.DEAD:
+            self.lose(f"no progress for {still:.0f} s")
+        return state
+
+    @property
+    def still(self) -> float:
+        """Seconds since it last made progress."""
+        return self.health.still(self._clock())
+
+    async def call(self, call: Call) -> Any:
+        """What the actor answers.
+
+        Raises:
+            Lost: nothing, it is lost.
+            Exception: whatever the method raised.
+        """
+        if self._gone.done():
+            raise Lost(self.name)
+        self.health.began(self._clock())
+        reference = getattr(self._handle, call.method).remote(*call.args, **call.kwargs)
+        answer = asyncio.ensure_future(_answer(reference))
+        try:
+            await asyncio.wait((answer, self._gone), return_when=asyncio.FIRST_COMPLETED)
+            if not self._gone.done():
+                return answer.result()
+            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more
+        except RayActorError as error:
+            if error.actor_id != self._handle._actor_id.hex():  # it stands for an argument of the call
+                raise
+            self.could_not_start = _last_line(error) if error.actor_init_failed else None
+            self.lose(f"its process ended: {_last_line(error)}")
+        except ObjectLostError:
+            self.lose("its answer was lost with its node")
+        except RayTaskError as error:
+            cause = root_cause(error)
+            if not isinstance(cause, EngineStopped):
+                raise cause from None
+            self.lose(str(cause))
+        finally:
+            self.health.ended(self._clock())
+        raise Lost(self.name)
+
+    def leaves(self) -> str:
+        """What becomes of its work when it is lost, for the line that says so."""
+        return ""
+
+    def lose(self, reason: str) -> None:
+        """It is dead, for good: whoever waits for it is told."""
+        if not self._gone.done():
+            self.health.died()
+            self._gone.set_result(None)
+            self._on_lost(self, reason)
+
+    async def bury(self) -> tuple[str, bool]:
+        """End what is left of a lost one, children and all; returns where its threads stood, and whether its node
+        is still there."""
+        stacks, node_lives = "", True
+        if self.report is not None:
+            there = NodeAffinitySchedulingStrategy(self.report.node, soft=False)
+            settings: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+            end: Any = ray.remote(end_process).options(**settings, runtime_env={"env_vars": worker_env(0)})
+            try:
+                stacks = await asyncio.wait_for(_answer(end.remote(self.report)), BURIAL_S)
+            except (TimeoutError, RayError):
+                node_lives = False
+        self.kill()
+        return stacks, node_lives
+
+    def kill(self) -> None:
+        """Ray's own way, which reaches an actor that has no place yet too."""
+        ray.kill(self._handle)
+
+
+async def _answer(reference: Any) -> Any:
+    return await reference
+
+
+def _last_line(error: BaseException) -> str:
+    """Without what Ray guesses."""
+    return str(error).strip().splitlines()[-1].split(" Some common causes")[0]

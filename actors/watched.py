@@ -1,0 +1,130 @@
+"""The watched side of supervision: an actor's process counts what it does and says so from a thread of its own.
+
+`count` is called where work is done, in any thread. A thread of the same process sends the counters to the supervisor
+once a second; so a process that is stopped, a thread that hangs, and work that never ends all look the same from
+outside: counters that do not move. `end_process` writes down where a process stands and ends it with all its children.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+
+from actors.group import Role, actor_options, constructor, whereabouts
+
+REPORT_S = 1.0
+STACKS_S = 1.0
+"""How long a process that is to be ended may take to say where it stands."""
+
+END_S = 5.0
+
+_counters: Counter[str] = Counter()
+"""Of this process; an actor has one to itself."""
+
+
+def count(name: str, amount: int = 1) -> None:
+    """This process has done ``amount`` more of something."""
+    _counters[name] += amount
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a watched process says of itself."""
+
+    node: str
+    pid: int
+    created: float
+    """With the pid it names the process for good: pids come again."""
+
+    stacks: int
+    """File descriptor, of that process, of the file to which SIGUSR2 makes it write all its threads' stacks."""
+
+    counters: Mapping[str, int]
+
+
+def start_watched(
+    role: Role, cls: type, arguments: Mapping[str, Any], supervisor: Any, number: int, **options: Any
+) -> Any:
+    """Start an actor of a plain class that reports to ``supervisor`` as ``number``.
+
+    Args:
+        supervisor: handle of an actor with ``report(number, Report)``.
+        options: of Ray, over those of the role.
+    """
+    remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"__init__": _init_of(cls), "whereabouts": whereabouts}))
+    return remote_cls.options(**{**actor_options(role, cls), **options}).remote(supervisor, number, arguments)
+
+
+def _init_of(cls: type) -> Any:
+    construct = constructor(cls)
+
+    def init(self: Any, supervisor: Any, number: int, arguments: Mapping[str, Any]) -> None:
+        _be_watched(supervisor, number)
+        construct(self, **arguments)
+
+    return init
+
+
+def _be_watched(supervisor: Any, number: int) -> None:
+    """Before the actor's own constructor runs: that may be what hangs."""
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # with its children a group of its own, which can be ended as a whole
+    stacks = tempfile.TemporaryFile()  # noqa: SIM115  it has no name, and lives as long as the process
+    faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
+    threading.Thread(target=_report, args=(supervisor, number, stacks), name="report", daemon=True).start()
+
+
+def _report(supervisor: Any, number: int, stacks: Any) -> None:
+    node = str(ray.get_runtime_context().get_node_id())
+    pid, created = os.getpid(), psutil.Process().create_time()
+    while ray.is_initialized():
+        supervisor.report.remote(number, Report(node, pid, created, stacks.fileno(), dict(_counters)))
+        time.sleep(REPORT_S)
+
+
+def end_process(report: Report) -> str:
+    """End a process of this node, its process group and its descendants; returns where its threads stood, if it
+    still lived."""
+    stacks, family = "", []
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(report.pid)
+        if process.create_time() != report.created:
+            return ""  # long gone, and its pid is somebody else's
+        family = [process, *process.children(recursive=True)]
+        if process.status() != psutil.STATUS_ZOMBIE:
+            stacks = _stacks(report)
+    with suppress(ProcessLookupError):
+        os.killpg(report.pid, signal.SIGKILL)
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=END_S)
+    return stacks
+
+
+def _stacks(report: Report) -> str:
+    try:
+        with open(f"/proc/{report.pid}/fd/{report.stacks}", "rb") as file:
+            os.kill(report.pid, signal.SIGUSR2)
+            os.kill(report.pid, signal.SIGCONT)  # a stopped process writes nothing
+            deadline, text = time.monotonic() + STACKS_S, b""
+            while time.monotonic() < deadline:
+                time.sleep(0.1)
+                before, text = text, os.pread(file.fileno(), 1 << 20, 0)
+                if text and text == before:
+                    break
+            return text.decode(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        return ""

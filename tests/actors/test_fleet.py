@@ -1,0 +1,260 @@
+"""Engines that are killed, stopped, hang, come and go, on real Ray; the engine is a stand-in with the real interface.
+
+Each fault is a function of a `Lab` with its oracle inside, so that it can be run on its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from actors.fleet import RolloutFleet
+from actors.group import Role, collect
+from actors.health import Deadlines, State
+from actors.member import Call
+from actors.supervisor import Blueprint, Size
+from rayllm.errors import FleetExhausted
+from tests.actors.fake_rollout import FakeRollout, Sample, expected
+
+STALL_S = 4.0
+PROMPTS = list(range(8))
+SAMPLING = {"num_samples": 2, "max_new_tokens": 12, "step": 3}
+WITHIN_S = 60.0
+
+
+@dataclass
+class Lab:
+    """A fleet of stand-ins and the folder in which they are told what to do."""
+
+    folder: Path
+    start: int = 2
+    least: int = 1
+    most: int = 0
+    max_restarts: int = 20
+    cpus: float = 0.1
+    lines: list[str] = field(default_factory=list)
+    details: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        size = Size(self.start, self.least, self.most or self.start, self.max_restarts, 0.0)
+        folder = self.folder
+        engines = Blueprint(
+            Role("rollout", self.start, self.cpus, 0), FakeRollout, lambda number: {"number": number, "folder": folder},
+            setup=[Call("set_prompts", (), {"known": True})],
+        )  # fmt: skip
+        self.fleet = RolloutFleet(engines, size, Deadlines(start_s=60.0, work_s=STALL_S))
+
+    def tell(self, line: str, detail: str) -> None:
+        self.lines.append(line)
+        self.details[line] = detail
+
+    def begin(self) -> list[ray.ObjectRef]:
+        """Eight pieces of work, a prompt each."""
+        for path in self.folder.glob("generates-*"):
+            path.unlink()
+        pieces = [[(prompt_id, [1, 2])] for prompt_id in PROMPTS]
+        return self.fleet.submit(FakeRollout.generate, pieces, tokens=[1] * len(pieces), temperature=1.0, **SAMPLING)
+
+    def finish(self, references: list[ray.ObjectRef]) -> list[Sample]:
+        return [sample for samples in collect(references, "rollout") for sample in samples]
+
+    def numbers(self, state: State) -> list[int]:
+        return [engine.number for engine in self.fleet.status() if engine.state is state]
+
+    def busy_engine(self) -> int:
+        """Number of one that has begun to generate."""
+        wait_for(lambda: any(self.folder.glob("generates-*")))
+        return min(int(path.name.split("-")[1]) for path in self.folder.glob("generates-*"))
+
+    def pid(self, number: int) -> int:
+        return int((self.folder / f"pid-{number}").read_text())
+
+    def told(self, text: str) -> str:
+        """The line that contains the text, once it is there."""
+        wait_for(lambda: any(text in line for line in self.lines))
+        return next(line for line in self.lines if text in line)
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def right(version: int) -> list[Sample]:
+    """What the eight pieces must come to, whoever sampled them."""
+    settings = {name: value for name, value in SAMPLING.items() if name != "temperature"}
+    return expected(PROMPTS, version=version, **settings)
+
+
+@pytest.fixture(scope="module")
+def healing(local_ray, tmp_path_factory) -> Iterator[Lab]:
+    """One fleet of two, which every fault leaves as it was."""
+    yield from running(Lab(tmp_path_factory.mktemp("healing")))
+
+
+@pytest.fixture
+def lab(local_ray, tmp_path) -> Iterator[Callable[..., Lab]]:
+    made = []
+
+    def make(**settings) -> Lab:
+        entered = running(Lab(tmp_path, **settings))
+        made.append(entered)
+        return next(entered)
+
+    yield make
+    for entered in made:
+        next(entered, None)
+
+
+def running(lab: Lab) -> Iterator[Lab]:
+    with lab.fleet.told(lab.tell):
+        yield lab
+    lab.fleet.stop()
+
+
+def kill(lab: Lab, number: int) -> None:
+    os.kill(lab.pid(number), signal.SIGKILL)
+
+
+def stop(lab: Lab, number: int) -> None:
+    os.kill(lab.pid(number), signal.SIGSTOP)
+
+
+def hang(lab: Lab, number: int) -> None:
+    """It answers, but samples nothing."""
+    (lab.folder / f"hangs-{number}").touch()
+    assert number in lab.fleet.call(FakeRollout.ping)
+
+
+def break_down(lab: Lab, number: int) -> None:
+    (lab.folder / f"stops-{number}").touch()
+
+
+FAULTS = {
+    "killed": (kill, "its process ended"),
+    "stopped": (stop, "no progress for"),
+    "answers but does nothing": (hang, "no progress for"),
+    "says that it stopped": (break_down, "broken on purpose"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_losing_an_engine_changes_nothing_that_is_sampled(healing, fault):
+    break_it, reason = FAULTS[fault]
+    healing.fleet.sync(FakeRollout.sync, 7)
+    wait_for(lambda: len(healing.numbers(State.READY)) == 2)
+    newcomer = max(healing.numbers(State.READY)) + 1
+    references = healing.begin()
+    victim = healing.busy_engine()
+    pid = healing.pid(victim)
+    break_it(healing, victim)
+    assert healing.finish(references) == right(version=7)
+    line = healing.told(f"engine {victim} is lost: ")
+    assert reason in line and "unfinished pieces of work go to the others" in line
+    assert gone(pid)
+    if reason.startswith("no progress"):
+        assert "hread 0x" in healing.details[line]  # where it stood
+    healing.told(f"engine {newcomer} serves: it has the policy's weights, proved")
+    assert (healing.folder / f"synced-{newcomer}").read_text() == "7"
+
+
+def test_a_restarted_engine_serves_only_after_a_proved_sync_of_the_newest_weights(healing):
+    healing.fleet.sync(FakeRollout.sync, 7)
+    wait_for(lambda: len(healing.numbers(State.READY)) == 2)
+    unproved, lies = healing.folder / "unproved-all", healing.folder / "lies-all"
+    unproved.touch()
+    victim = min(healing.numbers(State.READY))
+    kill(healing, victim)
+    wait_for(lambda: len(healing.numbers(State.SYNCING)) == 1)
+    (newcomer,) = healing.numbers(State.SYNCING)
+    wait_for((healing.folder / f"synced-{newcomer}").exists)
+    assert healing.finish(healing.begin()) == right(version=7)
+    assert [engine.served for engine in healing.fleet.status() if engine.number == newcomer] == [0]
+    # New weights are about to be written over those that it reads: the writer waits, and what it read does not count.
+    readers = healing.fleet.readers()
+    assert not ray.wait([readers], timeout=0.5)[0]
+    lies.touch()
+    unproved.unlink()
+    assert len(ray.get(readers)) == 1
+    lies.unlink()
+    assert healing.numbers(State.SYNCING) == [newcomer]
+    healing.fleet.sync(FakeRollout.sync, 8)
+    wait_for(lambda: newcomer in healing.numbers(State.READY))
+    assert (healing.folder / f"synced-{newcomer}").read_text() == "8"
+    assert healing.finish(healing.begin()) == right(version=8)
+
+
+@pytest.mark.parametrize(("trouble", "reason"), [("hangs", "no progress for"), ("stops", "broken on purpose")])
+def test_the_learner_does_not_wait_for_an_engine_that_is_lost_in_a_sync(healing, trouble, reason):
+    healing.fleet.sync(FakeRollout.sync, 7)
+    wait_for(lambda: len(healing.numbers(State.READY)) == 2)
+    victim = min(healing.numbers(State.READY))
+    (healing.folder / f"{trouble}-in-sync-{victim}").touch()
+    healing.fleet.sync(FakeRollout.sync, 9)
+    assert healing.fleet.num_engines == 1
+    assert healing.finish(healing.begin()) == right(version=9)
+    assert reason in healing.told(f"engine {victim} is lost: ")
+
+
+def test_the_only_engine_is_restarted_and_when_the_budget_is_spent_the_run_ends(lab):
+    only = lab(start=1, max_restarts=1)
+    only.fleet.sync(FakeRollout.sync, 7)
+    references = only.begin()
+    kill(only, only.busy_engine())
+    assert only.finish(references) == right(version=7)  # by engine 1, which nobody but the fleet has synced
+    references = only.begin()
+    assert only.busy_engine() == 1
+    kill(only, 1)
+    with pytest.raises(FleetExhausted, match=r"0 of at least 1 engines are up and the restarts of an hour "
+                       r"\(rollout.max_restarts=1\) are used up; the last that was lost: engine 1: its process ended"):  # fmt: skip
+        only.finish(references)
+    with pytest.raises(FleetExhausted, match="The last checkpoint is intact"):
+        only.fleet.sync(FakeRollout.sync, 8)
+
+
+def test_work_that_takes_engine_after_engine_with_it_is_told(lab):
+    poisoned = lab(start=3)
+    poisoned.fleet.sync(FakeRollout.sync, 7)
+    (poisoned.folder / "exits-all").touch()
+    work = [[(5, [1])]]
+    references = poisoned.fleet.submit(FakeRollout.generate, work, tokens=[1], temperature=1.0, **SAMPLING)
+    with pytest.raises(RuntimeError, match=r"rollout: .*engine 0, engine 1, engine 2 were lost, one by one, with the same work: \[\[\(5"):
+        poisoned.finish(references)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"), [("cannot-start", "an engine could not start: ValueError: no such model"),
+                             ("lies-all", "does not serve the policy's weights")]
+)  # fmt: skip
+def test_engines_that_cannot_start_or_lie_end_the_run(lab, tmp_path, trouble, message):
+    (tmp_path / trouble).touch()
+    with pytest.raises(RuntimeError, match=message):
+        lab(start=1).fleet.sync(FakeRollout.sync, 7)
+
+
+def test_the_fleet_grows_as_there_is_room(lab):
+    """Two fit, three are wanted: the second one joins and serves, the third waits for a place and keeps nobody."""
+    growing = lab(start=1, most=3, cpus=3.0)
+    growing.fleet.sync(FakeRollout.sync, 7)
+    assert growing.numbers(State.READY) == [0]
+    growing.fleet.grow()
+    wait_for(lambda: len(growing.numbers(State.READY)) == 2)
+    growing.fleet.sync(FakeRollout.sync, 8)
+    assert growing.fleet.num_engines == 2
+    assert growing.finish(growing.begin()) == right(version=8)
+    by_state = {engine.state: engine for engine in growing.fleet.status() if engine.state is not State.READY}
+    assert by_state[State.STARTING].pid is None
+    assert sorted(engine.served for engine in growing.fleet.status()) == [0, 4, 4]
