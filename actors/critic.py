@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from actors.learner import LearnerActor
+from rayllm import faults
 from rayllm.algorithms.losses import value_loss
 from rayllm.algorithms.metrics import explained_variance
 from rayllm.config.ppo import PPOConfig
@@ -25,6 +26,7 @@ class CriticActor(LearnerActor):
 
     def setup(self, address: tuple[str, int]) -> None:
         """Join the ranks and load the model."""
+        faults.reach("critic.setup", rank=self.rank)
         self.join(address)
         start = self.config.critic_start
         seed = None if is_sequence_classifier(start) else self.config.seed
@@ -33,10 +35,11 @@ class CriticActor(LearnerActor):
 
     def values(self, shard: Experience) -> torch.Tensor:
         """(B, T) value before each token."""
-        return self.score(shard, self._values)
+        return faults.reach("critic.values", self.score(shard, self._values), rank=self.rank)
 
     def update(self, *shards: Experience, step: int) -> dict[str, float]:
         """Regress on the returns; returns metrics."""
+        faults.reach("critic.update", rank=self.rank)
         experience, step_experience = self.joined(shards), concat(list(shards))
         variance = explained_variance(
             step_experience.values, step_experience.returns, step_experience.action_mask

@@ -133,4 +133,4 @@ def _last_line(error: RayTaskError) -> str:
 def _is_async(cls: type) -> bool:
     import inspect
 
-    return any(inspect.iscoroutinefunction(member) for member in vars(cls).values())
+    return any(inspect.iscoroutinefunction(getattr(cls, name)) for name in dir(cls))

@@ -14,6 +14,7 @@ import torch
 
 from actors.environment import backend, device_of
 from actors.scoring import per_token_in_parts, select
+from rayllm import faults
 from rayllm.config.ppo import PPOConfig
 from rayllm.config.rl import LearnerActorsConfig
 from rayllm.data.balancing import balanced_partition, micro_batches_by_tokens, with_num_parts
@@ -122,10 +123,12 @@ class LearnerActor:
 
     def save(self, folder: str, state: dict[str, Any]) -> None:
         """This rank's part of a checkpoint."""
+        faults.reach("learner.save", Path(folder), rank=self.rank)
         self.engine.save(Path(folder), state)
 
     def load(self, folder: str) -> dict[str, Any]:
         """Continue from a checkpoint; returns its state."""
+        faults.reach("learner.load", Path(folder), rank=self.rank)
         return self.engine.load(Path(folder))
 
 

@@ -16,6 +16,7 @@ from actors.publishing import Published, Publisher
 from actors.scoring import mean_nats
 from actors.weight_group import Seat, WeightGroup
 from actors.weights import ADAPTER_A, ADAPTER_B
+from rayllm import faults
 from rayllm.algorithms.advantages import masked_moments, whiten
 from rayllm.algorithms.kl import kl_estimate
 from rayllm.algorithms.logprobs import token_entropy, token_logprobs
@@ -58,6 +59,7 @@ class PolicyActor(LearnerActor):
 
     def setup(self, address: tuple[str, int]) -> float:
         """Join the ranks and load the model; returns the seconds of it that DeepSpeed took."""
+        faults.reach("policy.setup", rank=self.rank)
         began = time.perf_counter()
         self.join(address)
         joined = time.perf_counter()
@@ -68,7 +70,7 @@ class PolicyActor(LearnerActor):
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats under the weights before this step's update, at the sampling temperature."""
-        return self.score(shard, self._logprobs)
+        return faults.reach("policy.logprobs", self.score(shard, self._logprobs), rank=self.rank)
 
     def ref_logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats under the start policy, which is this one with its adapters switched off (LoRA only)."""
@@ -148,6 +150,7 @@ class PolicyActor(LearnerActor):
 
     def update(self, *shards: Experience, step: int, kl_coef: float) -> dict[str, float]:
         """Clipped policy steps on the step's experience. Returns metrics of rollouts and update."""
+        faults.reach("policy.update", rank=self.rank)
         experience = self.joined(shards)
         if self.estimator.whitens:
             moments = self.engine.sum_tensor(masked_moments(experience.advantages, experience.action_mask))
@@ -321,6 +324,7 @@ class PolicyActor(LearnerActor):
             dtype: a name in `DTYPES` to cast whole weights to: half the bytes for an engine that holds half of them.
             nodes: where the readers live; None: anywhere.
         """
+        faults.reach("policy.publish", rank=self.rank)
         if self.config.policy.learner.lora.rank is None:
             tensors, scaling = self.engine.named_tensors(), None
         else:

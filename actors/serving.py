@@ -30,6 +30,7 @@ from ray import serve
 from ray.serve import Application
 
 from actors.engine_guard import REPLICA_PID
+from rayllm import faults
 from rayllm.config.serve import ServeConfig
 from rayllm.errors import InputError
 
@@ -66,6 +67,7 @@ class ModelServer:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         os.environ[REPLICA_PID] = str(os.getpid())  # the engine's processes end when this one is killed
+        faults.reach("serve.load")
         self._api_key_sha256 = api_key_sha256
         self._args = server_namespace(arguments)
         try:

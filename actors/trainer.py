@@ -20,6 +20,7 @@ import torch
 
 from actors.environment import backend, worker_env
 from actors.progress import StepEvent, start_progress_actor
+from rayllm import faults
 from rayllm.config.common import TrainConfig
 from rayllm.models.engine import Engine, init_distributed
 
@@ -186,6 +187,7 @@ def _save_checkpoint(engine: Engine, step: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         engine.save(Path(folder), {"step": step})
+        faults.reach("trainer.save", Path(folder), rank=engine.rank)
         ray.train.report(
             {"step": step},
             checkpoint=ray.train.Checkpoint.from_directory(folder),
@@ -212,6 +214,7 @@ class _Loop:
         self._logged_at = time.monotonic()
 
     def step(self, step: int) -> None:
+        faults.reach("trainer.step", rank=self.rank)
         config = self.task.config
         micro_batches = self.task.micro_batches(step, self.rank, self.world_size)
         self.task.begin_step(self.engine, micro_batches)

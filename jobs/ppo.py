@@ -24,6 +24,7 @@ from jobs.ppo_rewards import ShardScores, check_rows, check_sources
 from jobs.ppo_roles import Roles
 from jobs.ppo_watch import SHOWN, Controls, Watch
 from jobs.session import ray_session
+from rayllm import faults
 from rayllm.config.base import Loaded
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.files import check_data_file
@@ -42,6 +43,7 @@ from rayllm.report.terminal import Progress, print_done, print_preamble
 def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig, watch: Watch) -> None:
     """The algorithm: Ouyang et al. 2022, section 3.5; Schulman et al. 2017, algorithm 1."""
     for step in range(watch.first_step, config.num_steps):
+        faults.reach("driver.step")
         with watch.timed("time/step"):
             with watch.timed("time/rollout"):
                 shards, scores = batches.take(step)

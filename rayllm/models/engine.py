@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from rayllm import faults
 from rayllm.config.common import LearnerConfig, OptimizerConfig
 from rayllm.models.loading import DTYPES
 from rayllm.models.optimizers import adamw_arguments, build_optimizer, parameter_groups
@@ -124,7 +125,7 @@ class Engine:
         total, poison = 0.0, 1.0
         for index, micro_batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == last)
-            loss = loss_fn(micro_batch)
+            loss = faults.reach("engine.loss", loss_fn(micro_batch), rank=self.rank)
             total += loss.item()
             if index == last and not math.isfinite(self.sum_over_ranks(total)):
                 poison = math.nan  # a loss that is not finite can have finite gradients
