@@ -50,7 +50,8 @@ class CriticActor(LearnerActor):
             if not tokens:  # all its responses were dropped, on every rank
                 continue
             loss = partial(self._loss, tokens=tokens)
-            stats.append(self.engine.update(batch, loss, learning_rate=self.learning_rate(step)))
+            rate = self.learning_rate(step)
+            stats.append(self.optimize(batch, loss, batch=batch, learning_rate=rate))
         return {
             **self.update_metrics("loss/value", "critic", stats),
             "value/explained_variance": float(variance),

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.environment import worker_env
 
 ActorT = TypeVar("ActorT")
+
+OUT_OF_MEMORY = "OOM"
+"""In Ray's account of an actor that its memory monitor killed."""
 
 PIECES = 4
 """Calls into which `ActorGroup.map_pieces` divides a rank's rows: the actor works while later rows are on their way,
@@ -119,8 +122,16 @@ def collect(references: Sequence[Any], role: str) -> list[Any]:
         return list(ray.get(list(references)))
     except RayTaskError as error:
         raise RuntimeError(f"{role}: {_last_line(error)}") from error
+    except OutOfMemoryError as error:
+        raise RuntimeError(f"{role}: killed, the node was out of memory: {_first_line(error)}") from error
     except RayActorError as error:
+        if OUT_OF_MEMORY in str(error):
+            raise RuntimeError(f"{role}: an actor was killed, the node was out of memory: {error}") from error
         raise RuntimeError(f"{role}: an actor died: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _last_line(error: RayTaskError) -> str:

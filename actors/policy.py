@@ -30,7 +30,7 @@ from rayllm.algorithms.rewards import (
     per_token_rewards,
 )
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.experience import Experience, concat, without_dropped
+from rayllm.data.experience import Experience, check_finite, concat, without_dropped
 from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
 from rayllm.models.loading import DTYPES, load_causal_lm, load_tokenizer, save_model
@@ -98,8 +98,20 @@ class PolicyActor(LearnerActor):
                 the sampler's.
             ref_logprobs, values: (B, T); None in a run without them.
             kl_coef: of this step.
+
+        Raises:
+            RuntimeError: a number of an action token is not finite; says whose it is and names the prompts.
         """
         shard, rewards, baselines = without_dropped(shard, rewards, baselines)
+        check_finite(
+            shard,
+            {
+                "the sampler's log-probabilities": shard.rollout_logprobs,
+                "the policy's log-probabilities": logprobs,
+                "the reference's log-probabilities": ref_logprobs,
+                "the critic's values": values,
+            },
+        )
         algorithm, mask = self.config.algorithm, shard.action_mask
         # What the environment's turns earned lies where they ended; the rest of the reward at the response's end.
         final = rewards if shard.turn_rewards is None else rewards - shard.turn_rewards.sum(1)
@@ -170,6 +182,7 @@ class PolicyActor(LearnerActor):
         """Metrics, and the experience with the policy's log-probabilities if it came without."""
         stats = []
         scored: list[Experience] = []
+        self._ratio_max = torch.zeros(1)
         sums: dict[str, tuple[float, float]] = {}
         learning_rate = self.learning_rate(step)
         for index, batch in enumerate(self.minibatches(experience, step)):
@@ -178,8 +191,9 @@ class PolicyActor(LearnerActor):
                 continue
             text = self._ptx_batches(step * self.config.algorithm.updates_per_step + index)
             loss = partial(self._loss, normalizer=normalizer, kl_coef=kl_coef, sums=sums, scored=scored)
-            stats.append(self.engine.update([*batch, *text], loss, learning_rate=learning_rate))
+            stats.append(self.optimize([*batch, *text], loss, batch=batch, learning_rate=learning_rate))
         metrics = {**self.update_metrics("loss/policy", "policy", stats), **self.mean_over_ranks(sums)}
+        metrics["policy/ratio_max"] = float(self.engine.max_tensor(self._ratio_max))
         if experience.logprobs is None:
             experience = concat([part for part in scored if part.action_mask.any()])
         return metrics, experience
@@ -222,6 +236,8 @@ class PolicyActor(LearnerActor):
         if algorithm.entropy_coef:
             entropy = token_entropy(logits, temperature=self.config.rollout.temperature)
             loss = loss - algorithm.entropy_coef * reduce(entropy)
+        ratio = torch.where(mask, new.detach() - old, 0.0).max().exp().cpu()
+        self._ratio_max = torch.maximum(self._ratio_max, ratio)
         count = float(mask.sum())
         clipped = clip_fraction(new.detach(), old, mask, algorithm.clip_range, algorithm.clip_range_high)
         _add(sums, "policy/clipfrac", float(clipped), count)
@@ -341,7 +357,7 @@ class PolicyActor(LearnerActor):
 
     def join_engines(self, seat: Seat) -> None:
         """Meet the engines in a `WeightGroup`."""
-        self._weight_group = WeightGroup(seat, self.engine.device)
+        self._weight_group = WeightGroup(seat, self.engine.device, self._taken_listener())
 
     def send_weights(self, *, dtype: str) -> None:
         """Send all weights, adapters merged, to the engines that this rank has joined; every rank must be called."""

@@ -120,6 +120,7 @@ def pack(
 
     Raises:
         ValueError: a name comes twice.
+        RuntimeError: a weight is NaN or infinite: whoever reads the last version keeps it.
     """
     memory = memory or Memory()
     end = 0
@@ -130,6 +131,8 @@ def pack(
         tensor = tensor.detach()
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            raise RuntimeError(f"weights of version {version} are not handed out: {name} holds NaN or infinity")
         data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         start = end + -end % ALIGNMENT
         dtype_name = str(tensor.dtype).removeprefix("torch.")

@@ -20,7 +20,7 @@ from actors.placement import check_capacity, describe
 from actors.policy import PolicyActor
 from jobs.judging import check_world_rows
 from jobs.ppo_batches import Batches
-from jobs.ppo_rewards import ShardScores, check_rows, check_sources
+from jobs.ppo_rewards import ShardScores, check_reader, check_rows, check_sources
 from jobs.ppo_roles import Roles
 from jobs.ppo_watch import SHOWN, Controls, Watch
 from jobs.session import ray_session
@@ -34,7 +34,12 @@ from rayllm.data.sources import shown_paths
 from rayllm.data.text import tokenize_documents
 from rayllm.environments.loading import load_environment, make_prompts
 from rayllm.errors import InputError
-from rayllm.models.loading import check_model_dir, count_stored_parameters, load_tokenizer, max_positions
+from rayllm.models.loading import (
+    check_model_dir,
+    count_stored_parameters,
+    load_tokenizer,
+    max_positions,
+)
 from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done, print_preamble
@@ -108,10 +113,9 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     """The `ppo` job."""
     config = loaded.config
     check_model_dir(config.model, key="model")
-    for folder in config.reward_models:
-        check_model_dir(folder, key="reward_model")
-    if config.critic.model is not None:
-        check_model_dir(config.critic.model, key="critic.model")
+    readers = {"reward_model": config.reward_models, "critic.model": (config.critic.model,)}
+    for key, folder in [(key, folder) for key, folders in readers.items() for folder in folders if folder is not None]:
+        check_reader(config.model, folder, key=key)
     if config.prompts is not None:
         check_data_sources(config.prompts, key="prompts")
     for key, path in (("eval.prompts", config.eval.prompts),

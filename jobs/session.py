@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -24,6 +25,12 @@ from rayllm.errors import InputError
 TEMP_PREFIX = "rayllm-"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KILL_AFTER_S = 15.0
+
+LOG_BYTES, LOG_FILES = 32 << 20, 3
+"""Of each process's log: Ray begins a new file at so many bytes and keeps so many of the old ones."""
+
+_TOKEN = secrets.token_hex(32)
+"""What the sessions of this process ask of everyone who connects: the daemons listen on every network."""
 
 
 @contextmanager
@@ -111,7 +118,7 @@ class _Starting:
 
     def _run(self) -> None:
         try:
-            with _temporary_files_in(self._folder / "tmp"):
+            with _temporary_files_in(self._folder / "tmp"), _token_in(self._folder / "token"):
                 ray.init(address="local", include_dashboard=False, _temp_dir=str(self._folder), **self._settings)
         except BaseException as error:
             self._started.set_exception(error)
@@ -128,6 +135,8 @@ def _quiet_libraries(verbose: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray on CPU workers
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # else each report to Ray Train waits up to 2 s
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(LOG_BYTES))
+    os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", str(LOG_FILES))
     if not verbose:
         for name in ("ray", "ray.train", "ray.serve", "transformers", "deepspeed", "DeepSpeed", "vllm"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -145,6 +154,24 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
         os.environ.pop("TMPDIR")
         if before is not None:
             os.environ["TMPDIR"] = before
+
+
+@contextmanager
+def _token_in(path: Path) -> Iterator[None]:
+    """Ray's token authentication, on whatever the environment says, for processes started meanwhile; the token lies
+    where only this user reads it. Ray's own way is a file in the home folder that all can read."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    before = {name: os.environ.pop(name, None) for name in names}
+    path.touch(mode=0o600)
+    path.write_text(_TOKEN)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    try:
+        yield  # Ray switches itself to tokens where no mode is set, and looks the token up once
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _stop_cluster(before: set[psutil.Process]) -> None:

@@ -65,7 +65,8 @@ def read_prompts(
     """Read prompts: text or messages, encoded with the chat template, or token ids, taken as they are.
 
     Other columns are kept: reward functions and judges may need them. Prompts over ``max_prompt_tokens`` are
-    dropped and counted.
+    dropped and counted. A prompt that stands there several times is counted too, and stays that often: each has its
+    own id, and what belongs together is told by ids.
 
     Args:
         paths: one source, or several with weights.
@@ -102,7 +103,9 @@ def read_prompts(
         raise InputError(f"{shown_paths(paths)}: no prompt of at most {max_prompt_tokens} tokens")
     found = kept(found, origins.mix(range(len(found)), seed=seed))
     rows, token_ids = [row for row, _ in found], [ids for _, ids in found]
-    return PromptData(rows, token_ids, dict(reader.dropped), reader.facts())
+    again = len(token_ids) - len({tuple(ids) for ids in token_ids})
+    facts = reader.facts() | ({"duplicates": again} if again else {})
+    return PromptData(rows, token_ids, dict(reader.dropped), facts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 
 from actors.reward_child import load_reward_function
 from actors.reward_source import SourceActor
-from jobs.ppo_rewards import RewardScales, check_any_left, step_metrics
+from jobs.ppo_rewards import RewardScales, check_failures, step_metrics
 from rayllm.config.reward import EnvironmentSource, FunctionSource, RewardConfig, VerifierSource
 from rayllm.data.rollout import Rollout, SampledTurn, collate
 from rayllm.data.scores import sample_ids_of
@@ -261,9 +261,13 @@ def test_every_source_is_logged_by_itself_and_a_step_without_responses_stops(mak
         "reward/mine/mean": pytest.approx(4 / 3), "reward/mine/std": pytest.approx((2 / 9) ** 0.5),
         "reward/mine/failures": 3.0,
     }  # fmt: skip
-    check_any_left([fine, dropped])
+    any_number = {"mine": function("raises", on_failure="drop")}
+    check_failures([fine, dropped], any_number)
+    few = {"mine": function("raises", on_failure="drop", max_failed=0.4)}
+    with pytest.raises(RewardError, match=r"mine failed on 3 of the step's 6 responses, more than max_failed=0.4 of them: .*KeyError"):
+        check_failures([fine, dropped], few)
     with pytest.raises(RewardError, match="no response of the step is left to learn from: reward source mine .*KeyError"):
-        check_any_left([dropped, dropped])
+        check_failures([dropped, dropped], any_number)
 
 
 @pytest.mark.parametrize(
