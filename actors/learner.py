@@ -131,7 +131,12 @@ class LearnerActor:
         return means
 
     def optimize(
-        self, parts: Sequence[Any], loss: Callable[[Any], torch.Tensor], *, batch: list[Experience], learning_rate: float
+        self,
+        parts: Sequence[Any],
+        loss: Callable[[Any], torch.Tensor],
+        *,
+        batch: list[Experience],
+        learning_rate: float,
     ) -> UpdateStats:
         """One optimizer step.
 

@@ -120,7 +120,8 @@ def _deploy(config: ServeConfig) -> None:
         http_options={"host": config.host, "port": config.port},
         logging_config={"log_level": "WARNING"},
     )
-    serve.run_many([serve.RunTarget(application(config, local=is_loopback(config.host)), name=APP)], wait_for_applications_running=False)
+    app = application(config, local=is_loopback(config.host))
+    serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)
 
 
 def _wait_until_loaded(config: ServeConfig, deadline: float, signals: Signals) -> None:

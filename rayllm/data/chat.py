@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from rayllm.data.messages import Message, first_user_turn, messages_of, text_of
 from rayllm.data.rows import Row, RowDropped, RowError
 from rayllm.data.sources import Origins, Paths, Reader
 from rayllm.errors import InputError
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # not `add_generation_prompt`, which every template has
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class ChatData:
 def check_chat_template(tokenizer: Any, where: Path | str) -> None:
     """Raise InputError unless the template exists and marks the assistant's tokens."""
     _check_has_template(tokenizer, where)
-    if "generation" not in str(tokenizer.chat_template):
+    if not _MARKS.search(str(tokenizer.chat_template)):
         raise InputError(
             f"{where}: the chat template does not mark the assistant's tokens; wrap them in "
             "{% generation %} ... {% endgeneration %} so that the loss falls on them only"
@@ -65,7 +68,7 @@ def prompt_token_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     _check_has_template(tokenizer, tokenizer.name_or_path)
     try:
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    except TemplateError as error:
+    except (TemplateError, OverflowError) as error:  # the sandbox's word for a loop without end
         raise RowError("prompt", f"the chat template refuses it: {error}") from None
     if not encoded["input_ids"]:
         raise RowError("prompt", "the chat template makes nothing of it")

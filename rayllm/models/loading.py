@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face format: create, check, load, save. Safetensors only, and no code that a model brings."""
+"""Model folders in Hugging Face format: create, check, load, save. Safetensors only, no code of a model's own."""
 
 from __future__ import annotations
 
