@@ -103,8 +103,9 @@ def read(job: Run, config: LabelConfig) -> Data:
         if (path := getattr(config, key)) is None:
             continue
         prompts[key] = read_prompts(
-            path, tokenizer, max_prompt_tokens=room, limit=limit, max_bad_rows=config.max_bad_rows
-        )
+            path, tokenizer, max_prompt_tokens=room, long_prompts=config.rollout.long_prompts, limit=limit,
+            max_bad_rows=config.max_bad_rows,
+        )  # fmt: skip
         if config.labeler == "gold":
             check_world_rows(prompts[key].rows, key=key)
         check_readable(prompts[key], key=key)

@@ -195,8 +195,9 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
     room = max_positions(config.model) - config.rollout.max_new_tokens
     assert config.prompts is not None
     prompts = read_prompts(
-        config.prompts, tokenizer, max_prompt_tokens=room, max_bad_rows=config.max_bad_rows, seed=config.seed
-    )
+        config.prompts, tokenizer, max_prompt_tokens=room, long_prompts=config.rollout.long_prompts,
+        max_bad_rows=config.max_bad_rows, seed=config.seed,
+    )  # fmt: skip
     job.add_data("prompts", **prompts.facts, rows=len(prompts), dropped=prompts.dropped)
     if len(prompts) < config.prompts_per_step:
         raise InputError(
@@ -207,8 +208,8 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
     if config.eval.prompts is None:
         return prompts, None
     held_out = read_prompts(
-        config.eval.prompts, tokenizer, max_prompt_tokens=room, limit=config.eval.num_prompts,
-        max_bad_rows=config.max_bad_rows,
+        config.eval.prompts, tokenizer, max_prompt_tokens=room, long_prompts=config.rollout.long_prompts,
+        limit=config.eval.num_prompts, max_bad_rows=config.max_bad_rows,
     ).apart_from(prompts)  # fmt: skip
     if not held_out.rows:
         raise InputError(f"eval.prompts: every prompt of {config.eval.prompts} stands in prompts too")

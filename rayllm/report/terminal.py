@@ -99,8 +99,9 @@ def _data_line(data: Mapping[str, Any]) -> str:
     parts = [f"read as {data['format']}, {data['read']:,} rows; kept"] if data.get("format") else []
     counted = ("rows", "tokens", "pairs", "heldout_rows")
     parts = [*parts, ", ".join(f"{data[name]:,} {name.replace('_', ' ')}" for name in counted if name in data)]
-    if data.get("duplicates"):
-        parts[-1] += f" ({data['duplicates']:,} of them again)"
+    for name, what in (("duplicates", "of them again"), ("cut", "of them cut")):
+        if data.get(name):
+            parts[-1] += f" ({data[name]:,} {what})"
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in (data.get("dropped") or {}).items())
     end = f"dropped: {dropped}" if dropped else "none dropped"
     if data.get("bad_rows"):

@@ -100,7 +100,13 @@ def test_a_prompt_just_fits_or_is_left_out_and_counted(tmp_path, tiny_tokenizer,
     assert data.dropped == {"longer than 10 tokens": 2}
     with pytest.raises(InputError, match="no prompt of at most 8 tokens"):
         read_prompts(path, tiny_tokenizer, max_prompt_tokens=8)
-    seen("at load 2 of 4 left out and counted, of the other two one fills the room to the last token")
+    numbered = jsonl(tmp_path / "n.jsonl", [{"prompt": list(range(length))} for length in (10, 12)])
+    cut = read_prompts(numbered, tiny_tokenizer, max_prompt_tokens=10, long_prompts="cut")
+    assert cut.token_ids == [list(range(10)), list(range(2, 12))]
+    assert (cut.facts["cut"], cut.dropped) == (1, {})
+    with pytest.raises(InputError, match=r"n.jsonl:2: prompt: has 12 tokens, 10 fit; see rollout.long_prompts"):
+        read_prompts(numbered, tiny_tokenizer, max_prompt_tokens=10, long_prompts="stop")
+    seen("at load 2 of 4 left out and counted, or cut, or refused, as set; one fills the room to the last token")
 
 
 @pytest.mark.scorecard("R42")
