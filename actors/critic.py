@@ -16,6 +16,7 @@ from rayllm.data.experience import Experience, concat
 from rayllm.models.engine import Engine
 from rayllm.models.heads import ScalarModel, token_values
 from rayllm.models.loading import is_sequence_classifier, load_tokenizer, save_model
+from rayllm.startup import without_garbage_collection
 
 
 class CriticActor(LearnerActor):
@@ -24,6 +25,7 @@ class CriticActor(LearnerActor):
     def __init__(self, *, rank: int, world_size: int, config: PPOConfig) -> None:
         super().__init__(rank=rank, world_size=world_size, config=config, role=config.critic)
 
+    @without_garbage_collection()
     def setup(self, address: tuple[str, int]) -> None:
         """Join the ranks and load the model."""
         faults.reach("critic.setup", rank=self.rank)

@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from actors.environment import worker_env
+from rayllm.startup import without_garbage_collection
 
 ActorT = TypeVar("ActorT")
 
@@ -43,7 +44,7 @@ class ActorGroup(Generic[ActorT]):
             arguments: rank -> the constructor's keyword arguments.
         """
         self.role = role
-        remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"each": _each}))
+        remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"__init__": _constructor(cls), "each": _each}))
         options = remote_cls.options(
             num_cpus=role.cpus,
             num_gpus=role.gpus,
@@ -100,6 +101,14 @@ class ActorGroup(Generic[ActorT]):
         """End the processes."""
         for actor in self._actors:
             ray.kill(actor)
+
+
+def _constructor(cls: type) -> Callable[..., None]:
+    def construct(self: Any, **arguments: Any) -> None:
+        with without_garbage_collection():
+            cls.__init__(self, **arguments)  # type: ignore[misc]
+
+    return construct
 
 
 def _each(self: Any, method: str, width: int, *cells: Any, **kwargs: Any) -> Any:

@@ -31,10 +31,12 @@ from rayllm.algorithms.rewards import (
 )
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.experience import Experience, check_finite, concat, without_dropped
+from rayllm.data.scores import Mix, Scores, mixed, with_step_rewards
 from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
 from rayllm.models.loading import DTYPES, load_causal_lm, load_tokenizer, save_model
 from rayllm.models.partial import adapters
+from rayllm.startup import without_garbage_collection
 
 
 class PolicyActor(LearnerActor):
@@ -57,6 +59,7 @@ class PolicyActor(LearnerActor):
             ptx = config.ptx
             self.ptx = PackedRows(tokens, ptx.sequence_length, ptx.batch_size, seed=config.seed)
 
+    @without_garbage_collection()
     def setup(self, address: tuple[str, int]) -> float:
         """Join the ranks and load the model; returns the seconds of it that DeepSpeed took."""
         faults.reach("policy.setup", rank=self.rank)
@@ -80,29 +83,32 @@ class PolicyActor(LearnerActor):
     def experience(
         self,
         shard: Experience,
-        rewards: torch.Tensor,
-        baselines: torch.Tensor | None,
         logprobs: torch.Tensor | None,
         ref_logprobs: torch.Tensor | None,
         values: torch.Tensor | None,
-        *,
+        *scores: Scores,
+        mix: Mix,
         kl_coef: float,
     ) -> Experience:
         """The shard with all that the updates need: token rewards, advantages, returns, off-policy weights.
 
         Args:
             shard: rollouts.
-            rewards: (B,) rewards of the whole responses; one of NaN is left out of everything that is learned.
-            baselines: (B,) scores of the greedy responses, for ReMax.
             logprobs: (B, T) of this policy; None where the step's only update computes them: the penalty then takes
                 the sampler's.
             ref_logprobs, values: (B, T); None in a run without them.
+            scores: of the shard, one a source of rewards; after these, for ReMax, those of its greedy responses. A
+                response that a source dropped is left out of everything that is learned.
+            mix: how the sources count.
             kl_coef: of this step.
 
         Raises:
             RuntimeError: a number of an action token is not finite; says whose it is and names the prompts.
         """
-        shard, rewards, baselines = without_dropped(shard, rewards, baselines)
+        given, greedy = scores[: len(mix)], scores[len(mix) :]
+        rewards = mixed(shard, given, mix)
+        baselines = mixed(shard.replace(turn_rewards=None), greedy, mix) if greedy else None
+        shard, rewards, baselines = without_dropped(with_step_rewards(shard, given, mix), rewards, baselines)
         check_finite(
             shard,
             {

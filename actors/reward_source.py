@@ -32,7 +32,7 @@ from rayllm.config.reward import (
 from rayllm.data.experience import Experience, concat
 from rayllm.data.files import Row
 from rayllm.data.samples import Failed, Samples
-from rayllm.data.scores import Mix, Scores, ShardStats, mixed, sample_ids_of, stats, teaches, with_step_rewards
+from rayllm.data.scores import Scores, ShardStats, sample_ids_of, stats, teaches
 from rayllm.errors import InputError, RewardError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
@@ -174,20 +174,10 @@ class SourceActor:
     # What follows works on the scores of all sources of a shard.
 
     @staticmethod
-    def mixed(shard: Experience, *scores: Scores, mix: Mix) -> torch.Tensor:
-        """(B,) float32 rewards: the weighted scores and what the turns earned; NaN where a source dropped it."""
-        rewards = mixed(scores, mix)
-        return rewards if shard.turn_rewards is None else rewards + shard.turn_rewards.sum(1)
-
-    @staticmethod
-    def with_step_rewards(shard: Experience, *scores: Scores, mix: Mix) -> Experience:
-        """The shard with what its steps earned among its turns' rewards."""
-        return with_step_rewards(shard, scores, mix)
-
-    @staticmethod
-    def stats(*scores: Scores) -> ShardStats:
-        """What they amount to."""
-        return stats(scores)
+    def stats(*scores: Scores) -> list[ShardStats]:
+        """What the scores of every source amount to, shard by shard; the sources of one shard stand together."""
+        num_sources = len({part.source for part in scores})
+        return [stats(shard) for shard in zip(*[iter(scores)] * num_sources, strict=True)]
 
     @staticmethod
     def count_without_signal(shard: Experience, *scores: Scores) -> int:

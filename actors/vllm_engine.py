@@ -8,7 +8,6 @@ another. Only what is refused before it touches the engine raises to its caller 
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +20,7 @@ from torch import set_num_threads  # vLLM replaces the attribute by a function t
 
 from actors.weight_group import Seat
 from actors.weights import check_shapes, safetensors_shapes
+from rayllm.startup import without_garbage_collection
 
 ResultT = TypeVar("ResultT")
 
@@ -116,13 +116,11 @@ class VllmEngine(ABC):
             raise ValueError(f"engine.{clash[0]} cannot be set: the rollout engine relies on its own value")
         set_environment()
         started = time.perf_counter()
-        gc.disable()  # what is imported stays: looking through it again and again takes a second or two
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        with without_garbage_collection():
+            from vllm import SamplingParams
+            from vllm.sampling_params import RequestOutputKind
 
-        self._import()
-        gc.freeze()
-        gc.enable()
+            self._import()
         self.import_seconds = time.perf_counter() - started
         started = time.perf_counter()
         args = {**default_engine_args(this_device()), **overrides, **self.fixed_args}
@@ -260,16 +258,18 @@ def make_engine(model_dir: str, *, stop_token_ids: list[int], overrides: dict[st
 
 
 def retie(model: torch.nn.Module) -> None:
-    """Pack a tied output head again from the embedding. On CPU only; elsewhere it finds nothing to do.
+    """Give a tied output head what was packed of the embedding. On CPU only; elsewhere it finds nothing to do.
 
-    On CPU vLLM packs each linear layer into a oneDNN handle. A reload rebuilds the handles of the layers that it
-    loads, but a tied head loads nothing itself and would go on with the old weights.
+    On CPU vLLM packs each linear layer, and the embedding, into a oneDNN handle. A reload rebuilds the handles of the
+    layers that it loads, but a tied head loads nothing itself and would go on with the old weights.
     """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-    for layer in model.modules():
-        if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
-            layer.quant_method.process_weights_after_loading(layer)
+    packed = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding) and hasattr(m, "cpu_linear")]
+    for head in packed:
+        for embedding in packed:
+            if isinstance(head, ParallelLMHead) and embedding is not head and embedding.weight is head.weight:
+                head.cpu_linear = embedding.cpu_linear
 
 
 def _version(name: str) -> int:

@@ -11,7 +11,7 @@ from actors.reward_source import SourceActor
 from bench.workload import NEW_TOKENS, PROMPT_TOKENS
 from rayllm.data.experience import Experience
 from rayllm.data.prompts import PromptSpan
-from rayllm.data.scores import Mix, Scores, ShardStats, sample_ids_of
+from rayllm.data.scores import Mix, Scores, ShardStats, mixed, sample_ids_of
 
 METRICS = (
     "objective/rewards", "objective/entropy", "objective/kl", "response/length_mean", "response/stop_rate",
@@ -60,10 +60,7 @@ class FakeModelActor:
     async def scores(self, shard: Experience) -> Scores:
         return Scores("model", sample_ids_of(shard.prompt_ids), torch.zeros(len(shard)))
 
-    def mixed(self, shard: Experience, *scores: Scores, mix: Mix) -> torch.Tensor:
-        return SourceActor.mixed(shard, *scores, mix=mix)
-
-    def stats(self, *scores: Scores) -> ShardStats:
+    def stats(self, *scores: Scores) -> list[ShardStats]:
         return SourceActor.stats(*scores)
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
@@ -73,9 +70,10 @@ class FakeModelActor:
         return torch.zeros(shard.sequences.shape)
 
     def experience(
-        self, shard: Experience, rewards: torch.Tensor, baselines: None, logprobs: torch.Tensor,
-        ref_logprobs: torch.Tensor, values: torch.Tensor, **settings: Any,
+        self, shard: Experience, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, values: torch.Tensor,
+        *scores: Scores, mix: Mix, **settings: Any,
     ) -> Experience:  # fmt: skip
+        rewards = mixed(shard, scores, mix)
         per_token = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
         return shard.replace(rewards=rewards, advantages=values, returns=values, **per_token)
 

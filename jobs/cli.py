@@ -21,6 +21,7 @@ from rich.table import Table
 from rayllm.config.base import Config, describe_fields, is_on_hub, load_config
 from rayllm.errors import InputError
 from rayllm.lineage import config_inputs
+from rayllm.startup import without_garbage_collection
 
 LOG_WIDTH = 140
 """Columns of tables and paragraphs when the output goes to a file or a pipe."""
@@ -149,7 +150,8 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
         from rayllm.hub import fetch_inputs
 
         loaded = fetch_inputs(loaded)
-    module = importlib.import_module(f"jobs.{command.module}")
+    with without_garbage_collection():
+        module = importlib.import_module(f"jobs.{command.module}")
     try:
         job = module.run(loaded, console, verbose=parsed.verbose)
     except RuntimeError as error:

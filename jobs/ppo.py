@@ -53,16 +53,16 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
             with watch.timed("time/rollout"):
                 shards, scores = batches.take(step)
                 shards, scores = resample(roles, batches, config, step, shards, scores)
-                greedy = roles.greedy(shards, step)
+                greedy = roles.greedy_scores(shards, step)
                 ref_logprobs = roles.ref_logprobs(shards)
                 values = roles.values(shards)
                 logprobs = roles.logprobs(shards)
                 wait(shards)
             with watch.timed("time/score"):
-                shards, rewards, baselines = controls.rewards(roles, shards, scores, greedy)
-                scored = (rewards, baselines, logprobs, ref_logprobs, values)
+                mix = controls.mix(roles, scores)
+                given = (logprobs, ref_logprobs, values, *zip(*scores, strict=True), *greedy)
                 experience = roles.policy.map_pieces(
-                    PolicyActor.experience, shards, *scored, kl_coef=controls.kl_coef
+                    PolicyActor.experience, shards, *given, mix=mix, kl_coef=controls.kl_coef
                 )
                 wait(experience)
             with watch.timed("time/update"):

@@ -67,19 +67,9 @@ class RewardGroups:
         by_source = [group.map(SourceActor.scores, shards, **given) for group in self.groups.values()]
         return list(zip(*by_source, strict=True))
 
-    def mixed(self, shards: list[Any], scores: list[ShardScores], mix: Mix) -> list[Any]:
-        """References to the (B,) rewards of every shard."""
-        return self.any.map_pieces(SourceActor.mixed, shards, *zip(*scores, strict=True), mix=mix)
-
-    def with_step_rewards(self, shards: list[Any], scores: list[ShardScores], mix: Mix) -> list[Any]:
-        """The shards with what a source said of their single steps; where none does, as they are."""
-        if not self.config.has("process"):
-            return shards
-        return self.any.map(SourceActor.with_step_rewards, shards, *zip(*scores, strict=True), mix=mix)
-
-    def stats(self, scores: list[ShardScores]) -> list[Any]:
-        """References to what every shard's scores amount to."""
-        return self.any.map_pieces(SourceActor.stats, *zip(*scores, strict=True))
+    def stats(self, scores: list[ShardScores]) -> Any:
+        """Reference to a list of what every shard's scores amount to."""
+        return self.any.submit(SourceActor.stats, *(part for shard in scores for part in shard), rank=0)[0]
 
     def count_without_signal(self, shards: list[Any], scores: list[ShardScores]) -> list[int]:
         """Prompts of every shard whose responses no source tells apart."""

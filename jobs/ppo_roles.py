@@ -21,11 +21,10 @@ from actors.fleet import (
 )
 from actors.group import ActorGroup, Role, collect
 from actors.policy import PolicyActor
-from actors.publishing import Published
 from actors.reference import ReferenceActor
 from actors.rollout import RolloutActor, Sent
 from actors.weight_group import Seat
-from jobs.ppo_rewards import RewardGroups, ShardScores
+from jobs.ppo_rewards import RewardGroups
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.models.loading import max_positions, vocabulary_size
@@ -168,12 +167,12 @@ class Roles:
         """Of every shard by the critic; None each without one."""
         return [None] * len(shards) if self.critic is None else self.critic.map_pieces(CriticActor.values, shards)
 
-    def greedy(self, shards: list[Any], step: int) -> tuple[list[Any], list[ShardScores]] | None:
-        """The greedy response to every row's prompt and its scores (ReMax); None where nobody asks for it."""
+    def greedy_scores(self, shards: list[Any], step: int) -> list[Any]:
+        """Columns of what each source gives the greedy response to every row's prompt (ReMax); none where nobody asks
+        for it."""
         if not self.config.algorithm.estimator.needs_greedy_baseline:
-            return None
-        greedy = self.rollout.map(RolloutActor.greedy, shards, step=step)
-        return greedy, self.reward.score(greedy)
+            return []
+        return list(zip(*self.reward.score(self.rollout.map(RolloutActor.greedy, shards, step=step)), strict=True))
 
     def update(self, experience: list[Any], *, step: int, kl_coef: float) -> dict[str, float]:
         """Policy and critic learn side by side; returns their metrics."""
@@ -188,15 +187,15 @@ class Roles:
         """What the policy learned to every rollout actor; where it lies travels, not the weights. Each proves that it
         serves them before it hands out what it samples: a text must be as probable to it as to the policy."""
         dtype = engine_dtype(self.config.rollout)
-        sending: list[Any] = []
-        weights: Published | Sent
+        weights: Any
         if self.config.rollout.weight_transfer == "memory":
             nodes = sorted(self.rollout_nodes)
-            weights = self.policy.call(PolicyActor.publish_weights, version, dtype=dtype, nodes=nodes)[0]
+            sending = self.policy.submit(PolicyActor.publish_weights, version, dtype=dtype, nodes=nodes)
+            weights = sending[0]
         else:
             sending, weights = self.policy.submit(PolicyActor.send_weights, dtype=dtype), Sent(version)
         expected = self.policy.submit(PolicyActor.text_logprobs, self.probe)[0]
-        self.rollout.call(
+        loading = self.rollout.submit(
             RolloutActor.sync,
             weights,
             probe=self.probe,
@@ -205,6 +204,7 @@ class Roles:
             keep_cache=self.config.rollout.keep_cache,
         )
         collect(sending, "policy")
+        collect(loading, "rollout")
 
     def move_reference(self, step: int) -> None:
         """Every ``reference.update_every`` steps the reference moves towards the policy."""

@@ -24,6 +24,7 @@ from rayllm.algorithms.kl import next_kl_coef
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.data.rollout import collate
+from rayllm.data.scores import Mix, mixed, stats
 from rayllm.data.text import held_out_text
 from rayllm.models.checkpoint import Checkpoints
 from rayllm.report.run import Run
@@ -49,32 +50,23 @@ class Controls:
         self.config = config
         self.kl_coef = config.algorithm.kl_coef
         self.scales = RewardScales(config.reward)
-        self._stats: list[Any] = []
+        self._stats: Any = None
         self.problems: list[str] = []
         """Of the last step's sources of rewards."""
 
-    def rewards(
-        self,
-        roles: Roles,
-        shards: list[Any],
-        scores: list[ShardScores],
-        greedy: tuple[list[Any], list[ShardScores]] | None,
-    ) -> tuple[list[Any], list[Any], list[Any]]:
-        """References to the shards with the rewards of their steps, to every shard's rewards, and to those of its
-        greedy responses, if there are any."""
+    def mix(self, roles: Roles, scores: list[ShardScores]) -> Mix:
+        """How the sources' scores count in this step."""
         self._stats = roles.reward.stats(scores)
         if self.scales.needs_all:
-            step = collect(self._stats, "reward")
+            (step,) = collect([self._stats], "reward")
             check_failures(step, self.scales.sources)
             self.scales.add(step)  # a step's scores are on the scale of all so far, its own included
-        mix = self.scales.mix()
-        baselines = [None] * len(shards) if greedy is None else roles.reward.mixed(*greedy, mix)
-        return roles.reward.with_step_rewards(shards, scores, mix), roles.reward.mixed(shards, scores, mix), baselines
+        return self.scales.mix()
 
     def after(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Adapt to a step's metrics; returns what to log."""
         algorithm = self.config.algorithm
-        step = collect(self._stats, "reward")
+        (step,) = collect([self._stats], "reward")
         check_failures(step, self.scales.sources)
         self.problems = problems(step)
         found = step_metrics(step)
@@ -182,11 +174,9 @@ class Watch:
         figures: dict[str, float] = {}
         batch = [collate(rollouts, pad_token_id=self.tokenizer.pad_token_id)]
         reward = self.roles.reward
-        scores = reward.score(batch, rows=ray.put(held_out.rows))
-        parts = step_metrics(collect(reward.stats(scores), "reward"))
-        figures |= {name: value for name, value in parts.items() if len(reward.groups) > 1}
-        (rewards,) = collect(reward.mixed(batch, scores, self.controls.scales.mix(running=False)), "reward")
-        figures["rewards"] = float(rewards.nanmean())
+        scores = collect(reward.score(batch, rows=ray.put(held_out.rows))[0], "reward")
+        figures |= step_metrics([stats(scores)]) if len(scores) > 1 else {}
+        figures["rewards"] = float(mixed(batch[0], scores, self.controls.scales.mix(running=False)).nanmean())
         members_of = [group.map(SourceActor.members, batch)[0] for group in reward.groups.values()]
         for members in collect(members_of, "reward"):
             if members.shape[1] > 1:  # each before disagreement takes anything off

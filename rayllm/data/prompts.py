@@ -13,7 +13,6 @@ from rayllm.data.rows import Row, RowDropped, RowError
 from rayllm.data.sources import PROMPT_TRAINED, Origins, Paths, Reader, kept, shown_paths
 from rayllm.errors import InputError
 
-
 LongPrompts = Literal["drop", "cut", "stop"]
 
 

@@ -88,18 +88,22 @@ def joined(scores: Sequence[Scores], sample_ids: tuple[str, ...]) -> torch.Tenso
     return torch.stack(columns, dim=1)
 
 
-def mixed(scores: Sequence[Scores], mix: Mix) -> torch.Tensor:
-    """(B,) float32: the weighted sum of the normalised scores; NaN where a source dropped the response."""
-    values = joined(scores, scores[0].sample_ids)
+def mixed(shard: Experience, scores: Sequence[Scores], mix: Mix) -> torch.Tensor:
+    """(B,) float32 rewards: the weighted sum of the normalised scores, and what the shard's turns earned; NaN where a
+    source dropped the response."""
+    values = joined(scores, sample_ids_of(shard.prompt_ids))
     total = torch.zeros(len(values))
     for part, column in zip(scores, values.unbind(1), strict=True):
         mean, std, weight = mix[part.source]
         total = total + weight * standardize(column, mean=mean, std=std)
-    return total
+    return total if shard.turn_rewards is None else total + shard.turn_rewards.sum(1)
 
 
 def with_step_rewards(shard: Experience, scores: Sequence[Scores], mix: Mix) -> Experience:
-    """The shard with what its steps earned among its turns' rewards: at the tokens that ended them."""
+    """The shard with what its steps earned among its turns' rewards: at the tokens that ended them. As it is where no
+    source judges steps."""
+    if all(part.token_values is None for part in scores):
+        return shard
     total = torch.zeros(shard.sequences.shape) if shard.turn_rewards is None else shard.turn_rewards
     sample_ids = sample_ids_of(shard.prompt_ids)
     for part in scores:

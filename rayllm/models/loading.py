@@ -99,21 +99,36 @@ def load_tokenizer(path: Path | str) -> Any:
         InputError: it has no end-of-sequence token, so no model could learn to stop; or tokens that the model in the
             same folder has no embedding for.
     """
-    from transformers import AutoTokenizer
+    settings = Path(path) / "tokenizer_config.json"
+    if settings.is_file() and json.loads(settings.read_text()).get("tokenizer_class") == "TokenizersBackend":
+        from transformers import PreTrainedTokenizerFast  # imports a thousand modules less
 
-    tokenizer = AutoTokenizer.from_pretrained(str(path), **TRUST)
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path))
+    else:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **TRUST)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no eos_token; set one in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _other_special_token(tokenizer)
-    if (Path(path) / "config.json").is_file():
-        known, largest = vocabulary_size(Path(path)), max(tokenizer.get_vocab().values())
-        if largest >= known:
-            raise InputError(
-                f"{path}: the tokenizer has token {largest}, the model has embeddings for {known}: they are not of one "
-                "model; copy both from the same place"
-            )
+    known, largest = _embedded_tokens(Path(path)), max(tokenizer.get_vocab().values())
+    if known is not None and largest >= known:
+        raise InputError(
+            f"{path}: the tokenizer has token {largest}, the model has embeddings for {known}: they are not of one "
+            "model; copy both from the same place"
+        )
     return tokenizer
+
+
+def _embedded_tokens(path: Path) -> int | None:
+    """Rows of the embedding as the model's config.json says, without transformers' import; None in a tokenizer's
+    folder."""
+    if not (path / "config.json").is_file():
+        return None
+    config = json.loads((path / "config.json").read_text())
+    found = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return None if found is None else int(found)
 
 
 def _other_special_token(tokenizer: Any) -> str:

@@ -16,11 +16,13 @@ from actors.reward_source import SourceActor
 from actors.weights import merged, read_safetensors, safetensors_shapes, unpack
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
+from rayllm.data.experience import Experience
 from rayllm.data.rollout import Rollout, collate
 from rayllm.data.scores import Scores, sample_ids_of
 from rayllm.models.loading import load_causal_lm
 
 ROWS, KL_COEF = 12, 0.1
+MIX = {"mine": (0.0, 1.0, 1.0)}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,11 @@ def shards(num_shards: int, *, seed: int = 0, rows: int = ROWS, backwards: bool 
     return [part._map(lambda t: pad(t, (0, padding)) if t.dim() == 2 else t) for part in parts]
 
 
+def by_model(part: Experience, values: torch.Tensor) -> Scores:
+    """As the only source gave them."""
+    return Scores("mine", sample_ids_of(part.prompt_ids), values)
+
+
 class Critic(CriticActor):
     def weights(self):
         return self.engine.state_dict()
@@ -96,10 +103,9 @@ class Learners:
     def score(self, parts):
         logprobs = self.policy.map(PolicyActor.logprobs, parts)
         ref = [self.reference.logprobs(part) for part in parts]
-        rewards = [self.reward.rewards(part) for part in parts]
-        values = self.critic.map(CriticActor.values, parts)
-        scores = (rewards, [None] * len(parts), logprobs, ref, values)
-        return self.policy.map(PolicyActor.experience, parts, *scores, kl_coef=KL_COEF)
+        scores = [by_model(part, self.reward.rewards(part)) for part in parts]
+        given = (logprobs, ref, self.critic.map(CriticActor.values, parts), scores)
+        return self.policy.map(PolicyActor.experience, parts, *given, mix=MIX, kl_coef=KL_COEF)
 
     def step(self, step: int = 0, **rollouts):
         parts = shards(self.config.num_shards, seed=step, **rollouts)
@@ -154,13 +160,11 @@ def test_the_only_update_of_a_step_gives_the_old_logprobs_itself(
             for part, logprob in zip(parts, logprobs, strict=True)
         ]
         zeros = [torch.zeros_like(logprob) for logprob in logprobs]
-        rewards = [torch.arange(len(part), dtype=torch.float32) for part in parts]
+        scores = [by_model(part, torch.arange(len(part), dtype=torch.float32)) for part in parts]
         before = logprobs if with_pass_before else [None, None]
-        scores = (rewards, [None, None], before, zeros, zeros)
-        experience = learners.policy.map(PolicyActor.experience, parts, *scores, kl_coef=0.0)
-        (metrics,) = collect(
-            learners.policy.submit(PolicyActor.update, *experience, step=0, kl_coef=0.0), "policy"
-        )
+        given = (before, zeros, zeros, scores)
+        experience = learners.policy.map(PolicyActor.experience, parts, *given, mix=MIX, kl_coef=0.0)
+        (metrics,) = collect(learners.policy.submit(PolicyActor.update, *experience, step=0, kl_coef=0.0), "policy")
         weights = learners.weights()
         learners.stop()
         return metrics, weights
@@ -298,8 +302,8 @@ def experience_of(tmp_path, model, reward_model, *overrides):
     policy = PolicyActor(rank=0, world_size=1, config=make_config(tmp_path, model, reward_model, *overrides))
     (batch,) = shards(1)
     zeros = torch.zeros(batch.sequences.shape)
-    scores = torch.full((ROWS,), 2.5)
-    return policy.experience(batch, scores, None, zeros, zeros, zeros, kl_coef=0.1)
+    scores = by_model(batch, torch.full((ROWS,), 2.5))
+    return policy.experience(batch, zeros, zeros, zeros, scores, mix=MIX, kl_coef=0.1)
 
 
 @pytest.mark.parametrize("advantage", ["gae", "grpo", "reinforce_pp", "remax"])
@@ -315,13 +319,14 @@ def test_a_dropped_response_is_as_if_it_had_not_been_sampled(
     generator = torch.Generator().manual_seed(0)
     logprobs, ref, values = (torch.randn(batch.sequences.shape, generator=generator) for _ in range(3))
     rewards, baselines = torch.randn(2, ROWS, generator=generator)
-    baselines = baselines if advantage == "remax" else None
+    by_source = [rewards, baselines] if advantage == "remax" else [rewards]
     rewards[1] = rewards[ROWS - 1] = torch.nan
     kept = rewards.isfinite()
 
     def made(rows):
-        given = [None if tensor is None else tensor[rows] for tensor in (rewards, baselines, logprobs, ref, values)]
-        return policy.experience(batch[rows], *given, kl_coef=0.1)
+        scores = [by_model(batch[rows], values[rows]) for values in by_source]
+        given = [tensor[rows] for tensor in (logprobs, ref, values)]
+        return policy.experience(batch[rows], *given, *scores, mix=MIX, kl_coef=0.1)
 
     all_rows, others = made(torch.ones(ROWS, dtype=torch.bool)), made(kept)
     assert not all_rows.action_mask[~kept].any() and all_rows.rewards.isfinite().all()
@@ -412,8 +417,8 @@ def test_losses_do_not_depend_on_the_split(tmp_path, tiny_model_dir, reward_mode
     generator = torch.Generator().manual_seed(0)
     logprobs = policy.logprobs(batch)
     ref = logprobs + 0.1 * torch.randn(logprobs.shape, generator=generator)
-    scores = torch.randn(ROWS, generator=generator)
-    experience = policy.experience(batch, scores, None, logprobs - 0.05, ref, None, kl_coef=0.1)
+    scores = by_model(batch, torch.randn(ROWS, generator=generator))
+    experience = policy.experience(batch, logprobs - 0.05, ref, None, scores, mix=MIX, kl_coef=0.1)
 
     def gradients(parts):
         policy.engine.module.zero_grad()

@@ -14,9 +14,11 @@ from rayllm.algorithms.advantages import ADVANTAGES
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.rollout import Rollout, collate
+from rayllm.data.scores import Scores, sample_ids_of
 from rayllm.models.engine import TooManySkipped
 
 PAD, END = 0, 2
+MIX = {"gold": (0.0, 1.0, 1.0)}
 
 
 def policy_of(tmp_path, model, *overrides) -> PolicyActor:
@@ -59,10 +61,10 @@ def test_edge_cases_give_numbers_and_equal_rewards_teach_nothing(tmp_path, tiny_
     given = torch.ones(4) if rewards == "equal" else torch.tensor([0.0, 1.0, 2.0, 3.0])
     zeros = torch.zeros(shard.sequences.shape)
     estimator = ADVANTAGES[advantage]
-    found = policy.experience(
-        shard, given, given.clone() if estimator.needs_greedy_baseline else None, zeros, None,
-        zeros if estimator.needs_critic else None, kl_coef=0.0,
-    )  # fmt: skip
+    ids = sample_ids_of(shard.prompt_ids)
+    scores = [Scores("gold", ids, given)] * (2 if estimator.needs_greedy_baseline else 1)
+    values = zeros if estimator.needs_critic else None
+    found = policy.experience(shard, zeros, None, values, *scores, mix=MIX, kl_coef=0.0)
     assert found.advantages.isfinite().all() and found.returns.isfinite().all()
     assert not found.advantages[~found.action_mask].any()
     if rewards == "equal" and (estimator.needs_groups or estimator.needs_greedy_baseline):
@@ -85,8 +87,9 @@ def test_what_is_no_number_is_named_by_its_source_and_prompts(tmp_path, tiny_mod
     tensors[place][1, 4] = bad  # behind the end of a response: no action, and none of our business
     shard = shard.replace(rollout_logprobs=tensors["sampler"])
     with pytest.raises(RuntimeError, match=rf"{name} are not finite for 1 of 4 responses, of the prompts \[9\]: nothing was"):
+        scores = Scores("gold", sample_ids_of(shard.prompt_ids), torch.zeros(4))
         policy.experience(
-            shard, torch.zeros(4), None, tensors["logprobs"], tensors["ref"], tensors["values"], kl_coef=0.1
+            shard, tensors["logprobs"], tensors["ref"], tensors["values"], scores, mix=MIX, kl_coef=0.1
         )
 
 

@@ -14,7 +14,7 @@ from actors.reward_source import SourceActor
 from jobs.ppo_rewards import RewardScales, check_failures, step_metrics
 from rayllm.config.reward import EnvironmentSource, FunctionSource, RewardConfig, VerifierSource
 from rayllm.data.rollout import Rollout, SampledTurn, collate
-from rayllm.data.scores import sample_ids_of
+from rayllm.data.scores import mixed, sample_ids_of
 from rayllm.errors import InputError, RewardError
 from rayllm.sandbox import check_sandbox
 from tests.actors import reward_functions as functions
@@ -111,8 +111,8 @@ def test_what_the_turns_earned_comes_on_top(make, tiny_tokenizer):
     shard = collate([rollout], pad_token_id=tiny_tokenizer.pad_token_id)
     found = [scores(make(source), shard) for source in ("process_id", EnvironmentSource())]
     pid = found[0].values.item()
-    assert SourceActor.mixed(shard, found[0], mix={"mine": (pid - 3, 1.0, 2.0)}).tolist() == [7.0]
-    assert SourceActor.mixed(shard, found[1], mix={"mine": (0.0, 1.0, 1.0)}).tolist() == [1.0]
+    assert mixed(shard, [found[0]], {"mine": (pid - 3, 1.0, 2.0)}).tolist() == [7.0]
+    assert mixed(shard, [found[1]], {"mine": (0.0, 1.0, 1.0)}).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -240,7 +240,7 @@ def test_running_moments_follow_a_source_and_survive_a_checkpoint(make, shard):
         "b": {"kind": "verifier", "verifier": "length", "weight": 0.5},
     })  # fmt: skip
     found = [scores(make("by_id"), shard)]
-    part = SourceActor.stats(*found)
+    (part,) = SourceActor.stats(*found)
     part.sources["a"] = part.sources["b"] = part.sources.pop("mine")
     scales = RewardScales(config)
     assert scales.needs_all and scales.mix() == {"a": (0.0, 1.0, 1.0), "b": (0.0, 1.0, 0.5)}
@@ -254,8 +254,8 @@ def test_running_moments_follow_a_source_and_survive_a_checkpoint(make, shard):
 
 @pytest.mark.scorecard("R50")
 def test_every_source_is_logged_by_itself_and_a_step_without_responses_stops(make, shard):
-    dropped = SourceActor.stats(scores(make(function("raises", on_failure="drop")), shard))
-    fine = SourceActor.stats(scores(make("by_id"), shard))
+    sources = make(function("raises", on_failure="drop")), make("by_id")
+    dropped, fine = SourceActor.stats(*(scores(source, shard) for source in sources))
     metrics = step_metrics([fine, dropped])
     assert metrics == {
         "reward/mine/mean": pytest.approx(4 / 3), "reward/mine/std": pytest.approx((2 / 9) ** 0.5),

@@ -16,7 +16,7 @@ from rayllm.config.ppo import PPOConfig
 from rayllm.config.process_reward_model import ProcessRewardModelConfig
 from rayllm.config.reward import ProcessSource
 from rayllm.data.rollout import Rollout, collate
-from rayllm.data.scores import Scores, sample_ids_of
+from rayllm.data.scores import Scores, mixed, sample_ids_of, with_step_rewards
 from rayllm.data.steps import LabelledSteps
 from rayllm.errors import InputError
 from rayllm.models.heads import ScalarModel
@@ -135,9 +135,9 @@ def test_the_loop_gets_token_rewards_where_the_steps_end(shard):
     )  # fmt: skip
     whole = Scores("whole", ids, torch.tensor([10.0, 20.0, 30.0]))
     mix = {"steps": (0.0, 1.0, 2.0), "whole": (0.0, 1.0, 1.0)}
-    rewards = SourceActor.mixed(shard, whole, by_step, mix=mix)
+    rewards = mixed(shard, [whole, by_step], mix)
     assert rewards.tolist() == [12.0, 18.0, 31.0]
-    changed = SourceActor.with_step_rewards(shard, whole, by_step, mix=mix)
+    changed = with_step_rewards(shard, [whole, by_step], mix)
     # As the policy splits them: what is in no step stands at the end.
     zeros = torch.zeros(mask.shape)
     tokens = per_token_rewards(

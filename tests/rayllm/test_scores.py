@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from rayllm.data.rollout import Rollout, collate
 from rayllm.data.samples import Failed, checked_scores
 from rayllm.data.scores import Scores, joined, mixed, sample_ids_of, stats, teaches
 
@@ -37,7 +38,13 @@ def test_scores_of_other_responses_are_refused(ids):
 
 def test_a_reward_is_the_weighted_sum_of_normalised_scores():
     parts = [scores("a", [1.0, 2.0, 4.0]), scores("b", [1.0, NAN, 0.0])]
-    rewards = mixed(parts, {"a": (2.0, 0.5, 1.0), "b": (0.0, 1.0, -3.0)})
+    rollouts = [
+        Rollout(prompt_id=i, prompt_token_ids=(5,), token_ids=(6,), logprobs=(0.0,), finish_reason="stop",
+                policy_versions=(0,))
+        for i in (3, 3, 8)
+    ]  # fmt: skip
+    shard = collate(rollouts, pad_token_id=0)
+    rewards = mixed(shard, parts, {"a": (2.0, 0.5, 1.0), "b": (0.0, 1.0, -3.0)})
     assert rewards[[0, 2]].tolist() == [-2 - 3, 4] and rewards[1].isnan()
 
 
