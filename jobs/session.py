@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -25,12 +26,16 @@ from rayllm.errors import InputError
 TEMP_PREFIX = "rayllm-"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KILL_AFTER_S = 15.0
+CONNECT_S = 10.0
+
+LOOPBACK = "127.0.0.1"
+"""Where a cluster of one machine listens, and its process groups meet; Ray's own choice is the machine's address."""
 
 LOG_BYTES, LOG_FILES = 32 << 20, 3
 """Of each process's log: Ray begins a new file at so many bytes and keeps so many of the old ones."""
 
 _TOKEN = secrets.token_hex(32)
-"""What the sessions of this process ask of everyone who connects: the daemons listen on every network."""
+"""What the sessions of this process ask of everyone who connects."""
 
 
 @contextmanager
@@ -86,12 +91,20 @@ def ray_session(
 
 def _connect(address: str, **options: Any) -> None:
     try:
+        _look_for(address)
         ray.init(**options)
-    except (ConnectionError, AuthenticationError) as error:
+    except (OSError, AuthenticationError) as error:
         raise InputError(
             f"RAY_ADDRESS: no connection to {address}: {str(error).splitlines()[0]} If the cluster is up and wants a "
             "token: export RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
         ) from None
+
+
+def _look_for(address: str) -> None:
+    """Raise OSError at once if nobody listens there; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 class _Starting:
@@ -119,7 +132,14 @@ class _Starting:
     def _run(self) -> None:
         try:
             with _temporary_files_in(self._folder / "tmp"), _token_in(self._folder / "token"):
-                ray.init(address="local", include_dashboard=False, _temp_dir=str(self._folder), **self._settings)
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    _temp_dir=str(self._folder),
+                    _node_ip_address=LOOPBACK,
+                    **self._settings,
+                )
+            self._folder.chmod(0o700)  # Ray opens it to everyone
         except BaseException as error:
             self._started.set_exception(error)
         else:

@@ -43,7 +43,7 @@ def test_the_fake_has_the_surface_of_the_engines(tiny_model_dir):
 
 @pytest.fixture
 def make(local_ray, tiny_model_dir, tmp_path):
-    """Rollout actors over fake engines, with faults if some are given."""
+    """Rollout actors over fake engines in processes of their own, with faults if some are given."""
     made = []
 
     def actor(*chosen: Fault, timeout_s: float | None = None):
@@ -63,32 +63,41 @@ def make(local_ray, tiny_model_dir, tmp_path):
 PROMPTS = [(7, [5, 6, 7]), (8, [9])]
 
 
-def test_the_real_actor_samples_over_it_the_same_for_the_same_seed(make, tiny_model_dir):
-    one, two = make(), make()
-    found = ray.get([actor.generate.remote(PROMPTS, **SAMPLING) for actor in (one, two)])
+def here(model) -> FakeEngineActor:
+    """The same actor in this process."""
+    return FakeEngineActor(str(model), engine={}, seed=3)
+
+
+def test_the_real_actor_samples_over_it_the_same_for_the_same_seed(tiny_model_dir):
+    one, two = here(tiny_model_dir), here(tiny_model_dir)
+    found = [asyncio.run(actor.generate(PROMPTS, **SAMPLING)) for actor in (one, two)]
     assert found[0] == found[1] and [r.prompt_id for r in found[0]] == [7, 7, 8, 8]
-    assert ray.get(one.generate.remote(PROMPTS, **{**SAMPLING, "step": 2})) != found[0]
-    ray.get(one.set_prompts.remote([[1, 2], [3]], num_samples=2, temperature=1.0, max_new_tokens=6))
-    assert len(ray.get(one.experience.remote(PromptSpan(0, 0, 2), step=0))) == 4
-    assert ray.get(one.info.remote())["max_model_len"] == 512
+    assert asyncio.run(one.generate(PROMPTS, **{**SAMPLING, "step": 2})) != found[0]
+
+    async def experience():
+        await one.set_prompts([[1, 2], [3]], num_samples=2, temperature=1.0, max_new_tokens=6)
+        return await one.experience(PromptSpan(0, 0, 2), step=0)
+
+    assert len(asyncio.run(experience())) == 4
 
 
-def test_it_takes_weights_and_proves_them_or_not(make, tiny_model_dir, other_tiny_model_dir):
-    actor = make()
-    bundle = pack(read_safetensors(other_tiny_model_dir), version=4)
-    fake = FakeEngine(str(tiny_model_dir), stop_token_ids=[], overrides={})
-    asyncio.run(fake.update(read_safetensors(other_tiny_model_dir), bundle.shapes(), version=4))
-    probe = [1] * 20
-    expected = [ray.put(asyncio.run(fake.prompt_logprobs(probe)))]
-    proof = {"probe": probe, "expected": expected, "tolerance": 1e-4}
-    assert ray.get(actor.sync.remote(bundle, **proof)) == 4
-    ray.get(actor.proved.remote())
-    assert {v for r in ray.get(actor.generate.remote(PROMPTS, **SAMPLING)) for v in r.policy_versions} == {4}
-    ill = make()
-    ray.get(ill.feel.remote("stale"))
-    ray.get(ill.sync.remote(bundle, **proof))
+def test_it_takes_weights_and_proves_them_or_not(tiny_model_dir, other_tiny_model_dir):
+    bundle, probe = pack(read_safetensors(other_tiny_model_dir), version=4), [1] * 20
+
+    async def synced(mood: str):
+        actor, model = here(tiny_model_dir), here(tiny_model_dir)
+        await actor.feel(mood)
+        await model.update_weights(bundle)
+
+        async def expected():
+            return await model._engine.prompt_logprobs(probe)
+
+        assert await actor.sync(bundle, probe=probe, expected=[expected()], tolerance=1e-4) == 4
+        return await actor.generate(PROMPTS, **SAMPLING)
+
+    assert {v for rollout in asyncio.run(synced("well")) for v in rollout.policy_versions} == {4}
     with pytest.raises(RuntimeError, match="does not serve the policy's weights after the sync of version 4"):
-        ray.get(ill.generate.remote(PROMPTS, **SAMPLING))
+        asyncio.run(synced("stale"))
 
 
 @pytest.mark.scorecard("R17")
@@ -119,32 +128,33 @@ def test_faults_strike_in_the_actor_and_name_their_victim(make, tmp_path):
 
 
 @pytest.mark.scorecard("R53")
-def test_weights_with_nan_are_not_handed_out_and_the_last_good_ones_serve_on(make, tiny_model_dir, seen):
-    actor = make()
-    weights = dict(read_safetensors(tiny_model_dir))
-    assert ray.get(actor.update_weights.remote(pack(weights.items(), version=1))) == 1
+def test_weights_with_nan_are_not_handed_out_and_the_last_good_ones_serve_on(tiny_model_dir, seen):
+    weights, actor = dict(read_safetensors(tiny_model_dir)), here(tiny_model_dir)
+    assert asyncio.run(actor.update_weights(pack(weights.items(), version=1))) == 1
     name = sorted(weights)[1]
     for spoiled in (float("nan"), float("inf")):
         weights[name] = weights[name].clone()
         weights[name].view(-1)[17] = spoiled
-        with pytest.raises(RuntimeError, match=f"weights of version 2 are not handed out: {name} holds NaN or infinity"):
-            pack(weights.items(), version=2)
-        with pytest.raises(RuntimeError, match="not handed out"):
-            pack(weights.items(), version=2, dtype=torch.bfloat16)
-    assert ray.get(actor.version.remote()) == 1
-    assert len(ray.get(actor.generate.remote(PROMPTS, **SAMPLING))) == 4
+        for dtype in (None, torch.bfloat16):
+            with pytest.raises(RuntimeError, match=f"weights of version 2 are not handed out: {name} holds NaN or infinity"):
+                pack(weights.items(), version=2, dtype=dtype)
+    assert asyncio.run(actor.version()) == 1
+    assert len(asyncio.run(actor.generate(PROMPTS, **SAMPLING))) == 4
     seen("refused by the name of the tensor before anything was sent; version 1 serves on")
 
 
 @pytest.mark.scorecard("R41")
-def test_one_prompt_that_does_not_fit_harms_no_call_beside_it(make):
-    actor = make()
-    good = [actor.generate.remote(PROMPTS, **SAMPLING) for _ in range(2)]
-    for wrong, message in (([1] * 510, "does not fit: 510 tokens"), ([], "is empty"), ([10**6], "has token 1000000")):
+def test_one_prompt_that_does_not_fit_harms_no_call_beside_it(tiny_model_dir):
+    actor = here(tiny_model_dir)
+
+    async def together(wrong, message):
+        good = [asyncio.create_task(actor.generate(PROMPTS, **SAMPLING)) for _ in range(2)]
         with pytest.raises(ValueError, match=f"prompt 9 {message}"):
-            ray.get(actor.generate.remote([*PROMPTS, (9, wrong)], **SAMPLING))
-    assert [len(ray.get(call)) for call in good] == [4, 4]
-    assert len(ray.get(actor.generate.remote(PROMPTS, **SAMPLING))) == 4
+            await actor.generate([*PROMPTS, (9, wrong)], **SAMPLING)
+        return [len(found) for found in await asyncio.gather(*good)]
+
+    for wrong, message in (([1] * 510, "does not fit: 510 tokens"), ([], "is empty"), ([10**6], "has token 1000000")):
+        assert asyncio.run(together(wrong, message)) == [4, 4]
 
 
 def test_the_actor_is_the_real_one():

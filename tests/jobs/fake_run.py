@@ -38,6 +38,8 @@ NUM_PROMPTS = 64
 class FakeLearnerActor(FakeModelActor):
     """Publishes the model's own weights, a little further at every version, and says what a fake engine would."""
 
+    scores = None  # type: ignore[assignment]  # the only async method: like the real one, it works off its calls in order
+
     def __init__(self, *, model: str) -> None:
         super().__init__()
         self.weights, self.vocab_size = dict(read_safetensors(model)), vocabulary_size(Path(model))
@@ -85,9 +87,10 @@ def fake_run(folder: Path, model: Path, *settings: str) -> Iterator[FakeRun]:
     rollout = ActorGroup(Role("rollout", config.rollout.num_actors, CPUS, 0), FakeEngineActor, lambda rank: arguments)
     others = {
         name: ActorGroup(Role(name, 1, CPUS, 0), FakeLearnerActor, lambda rank: {"model": str(model)})
-        for name in ("policy", "critic", "reference", "reward")
+        for name in ("policy", "critic", "reference")
     }
-    reward = RewardGroups(config.reward, {"model": others.pop("reward")})
+    scorer = ActorGroup(Role("reward", 1, CPUS, 0), FakeModelActor, lambda rank: {})
+    reward = RewardGroups(config.reward, {"model": scorer})
     prompts = PromptData([{}] * NUM_PROMPTS, [[n % 200, n] for n in range(NUM_PROMPTS)], {})
     try:
         roles = Roles(

@@ -53,13 +53,13 @@ def main() -> None:
         ranks = ActorGroup(Role("rank", 2, 0.1, 0), Rank, lambda rank: {"rank": rank})
         address = ranks.submit(Rank.address, rank=0)[0]
         own = ranks.call(Rank.meet, address)
-        token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "/nonexistent"))
         folder = next(Path("/tmp").glob(f"rayllm-{os.getpid()}-*"))
         token = folder / "token"
         about = {
             "gcs": ray.get_runtime_context().gcs_address,
             "listening": listening(),
             "ranks": own,
+            "address": ray.get(address),
             "token_mode": oct(token.stat().st_mode & 0o777),
             "folder": str(folder),
             "folder_mode": oct(folder.stat().st_mode & 0o777),
