@@ -35,8 +35,9 @@ class LearnerActor:
 
     def address(self) -> tuple[str, int]:
         """Host and port where others are to meet with this rank. It listens there from now on, so that no other process
-        gets the port before they do; and on that address alone."""
-        host = ray.util.get_node_ip_address()
+        gets the port before they do; on that address alone, and on one machine for nobody else."""
+        one_machine = sum(node["Alive"] for node in ray.nodes()) == 1
+        host = "127.0.0.1" if one_machine else ray.util.get_node_ip_address()
         self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
         return host, self._listener.getsockname()[1]
 

@@ -28,14 +28,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KILL_AFTER_S = 15.0
 CONNECT_S = 10.0
 
-LOOPBACK = "127.0.0.1"
-"""Where a cluster of one machine listens, and its process groups meet; Ray's own choice is the machine's address."""
-
 LOG_BYTES, LOG_FILES = 32 << 20, 3
 """Of each process's log: Ray begins a new file at so many bytes and keeps so many of the old ones."""
 
 _TOKEN = secrets.token_hex(32)
-"""What the sessions of this process ask of everyone who connects."""
+"""What the sessions of this process ask of everyone who connects: Ray's daemons listen on every network."""
 
 
 @contextmanager
@@ -132,13 +129,7 @@ class _Starting:
     def _run(self) -> None:
         try:
             with _temporary_files_in(self._folder / "tmp"), _token_in(self._folder / "token"):
-                ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    _temp_dir=str(self._folder),
-                    _node_ip_address=LOOPBACK,
-                    **self._settings,
-                )
+                ray.init(address="local", include_dashboard=False, _temp_dir=str(self._folder), **self._settings)
             self._folder.chmod(0o700)  # Ray opens it to everyone
         except BaseException as error:
             self._started.set_exception(error)

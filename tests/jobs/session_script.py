@@ -26,13 +26,19 @@ class Rank(LearnerActor):
 
     def __init__(self, rank: int) -> None:
         self.rank, self.world_size, self._listener = rank, 2, None
+        self.before = set(own_sockets())
 
     def meet(self, address: tuple[str, int]) -> list[tuple[str, int]]:
         os.environ.update(RANK=str(self.rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR=address[0])
         os.environ["MASTER_PORT"] = str(address[1])
         store = open_store(*address, self.rank, self.world_size, self._taken_listener())
         init_distributed(backend(0), store)
-        return [(c.laddr.ip, c.laddr.port) for c in psutil.Process().net_connections() if c.status == "LISTEN"]
+        return sorted(set(own_sockets()) - self.before)
+
+
+def own_sockets() -> list[tuple[str, int]]:
+    """(address, port) that this process listens on."""
+    return [(c.laddr.ip, c.laddr.port) for c in psutil.Process().net_connections() if c.status == "LISTEN"]
 
 
 def listening() -> list[tuple[str, str, int]]:
