@@ -24,10 +24,10 @@ test: install
 # The scorecard of what may go wrong: docs/reliability.md. Real Ray in both; the first with a fake engine, the second with
 # vLLM and DeepSpeed throughout.
 faults: install
-	$(BIN)/python -m pytest --scorecard fast $(ARGS)
+	$(BIN)/python -m pytest --scorecard=fast $(ARGS)
 
 faults-full: install
-	$(BIN)/python -m pytest --scorecard full $(ARGS)
+	$(BIN)/python -m pytest --scorecard=full $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
