@@ -134,7 +134,8 @@ def test_a_session_wants_its_token_and_keeps_it_to_its_user(two, tmp_path, seen)
     seen("refused without a token, with the mode off and with another's token; its file is 0600 in a folder of 0700")
 
 
-@pytest.mark.scorecard("R12", "R62")
+@pytest.mark.scorecard("R62")
+@pytest.mark.scorecard("R12", partly=True)
 def test_a_killed_driver_leaves_no_process_and_the_next_session_clears_its_folder(tmp_path, seen):
     process = start(tmp_path / "home")
     told = about(process)

@@ -104,6 +104,7 @@ def test_rankings(row, name, prompt, responses, ranks, scores):
     assert ranking["scores"] == scores
 
 
+@pytest.mark.scorecard("S23")
 def test_what_is_known_of_a_ranking_is_kept():
     row = {"prompt": "a", "responses": ["", " "], "ranks": [0, 1], "response_ids": [[2], [5, 2]], "labeler": "ana",
            "criteria": "honest", "subset": "chat", "scores": None, "seconds": 3}  # fmt: skip

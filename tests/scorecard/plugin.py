@@ -4,14 +4,15 @@
     make faults-full     all rows: real vLLM and DeepSpeed too
 
 A test becomes part of a row by ``@pytest.mark.scorecard("R38")`` (several ids are fine; ``tier="full"`` where it needs
-vLLM or a whole pipeline). What it saw it may tell the fixture ``seen``, with the seconds until a fault was noticed and
+vLLM or a whole pipeline, ``partly=True`` where it stands for a part of what the row expects). What it saw it may tell the fixture ``seen``, with the seconds until a fault was noticed and
 until the run had recovered; else the test's name, which is a sentence, is what was seen. A row passes if all its tests
-did.
+did, and one of them at least stands for all of it.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class Result:
     said: list[str] = field(default_factory=list)
     detected: float | None = None
     recovered: float | None = None
+    partly: set[str] = field(default_factory=set)
+    """Rows that this test stands for a part of."""
 
     def tell(self, text: str, *, detected: float | None = None, recovered: float | None = None) -> None:
         """What was seen.
@@ -61,7 +64,7 @@ class Scorecard:
         """Of all tests of a row."""
         tests = [self.tests[test] for test in self.rows[row]]
         total = Result(row, seconds=sum(test.seconds for test in tests))
-        for test in tests:
+        for test in [test for test in tests if test.outcome]:
             for text in test.said or [test.name]:
                 if text not in total.said:
                     total.said.append(text)
@@ -71,7 +74,9 @@ class Scorecard:
         if not tests:
             total.outcome = "full tier" if row in self.elsewhere else "not covered"
         else:
-            total.outcome = next((o for o in ("failed", "skipped", "passed") if o in outcomes), "not run")
+            total.outcome = next((o for o in ("failed", "", "skipped", "passed") if o in outcomes), "") or "not run"
+            if total.outcome == "passed" and all(row in test.partly for test in tests):
+                total.outcome = "partly"
         return total
 
 
@@ -83,7 +88,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "scorecard(*rows, tier='fast'): the test stands for rows of the scorecard")
+    line = "scorecard(*rows, tier='fast', partly=False): the test stands for (a part of) rows of the scorecard"
+    config.addinivalue_line("markers", line)
     config.stash[_CARD] = Scorecard(config.getoption("--scorecard") or "")
 
 
@@ -108,7 +114,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         }[card.tier]
         (kept if wanted else left).append(item)
         if marks and wanted:
-            card.tests[item.nodeid] = Result(_sentence(item.name))
+            partly = {row for mark in marks if mark.kwargs.get("partly") for row in mark.args}
+            card.tests[item.nodeid] = Result(_sentence(item.name), partly=partly)
         for row in rows:
             if wanted:
                 card.rows[row].append(item.nodeid)
@@ -161,13 +168,13 @@ def summary(results: dict[str, Result]) -> str:
     parts = []
     for kind in "RS":
         of_kind = {row: result for row, result in results.items() if row.startswith(kind)}
-        ran = [row for row, result in of_kind.items() if result.outcome in ("passed", "failed")]
-        passed = [row for row in ran if of_kind[row].outcome == "passed"]
-        starred = [row for row in ran if ROWS[row].starred]
-        good = [row for row in starred if row in passed]
+        counts = Counter(result.outcome for result in of_kind.values())
+        ran = counts["passed"] + counts["partly"] + counts["failed"]
+        starred = Counter(result.outcome for row, result in of_kind.items() if ROWS[row].starred)
         parts.append(
-            f"{kind}: {len(passed)} of {len(of_kind)} rows pass, {len(ran) - len(passed)} fail, "
-            f"{len(of_kind) - len(ran)} did not run; starred {len(good)} of {len(starred)} that ran"
+            f"{kind}: of {len(of_kind)} rows {counts['passed']} pass, {counts['partly']} partly, {counts['failed']} fail, "
+            f"{len(of_kind) - ran} did not run; of {starred.total()} starred ones {starred['passed']} pass, "
+            f"{starred['partly']} partly, {starred['failed']} fail."
         )
     return "\n".join(parts)
 
@@ -184,7 +191,7 @@ def _table(results: dict[str, Result], tier: str) -> Any:
     for row, result in results.items():
         said = "; ".join(result.said)
         text = said if len(said) <= 240 else said[:237] + "..."
-        colour = {"passed": "green", "failed": "red"}.get(result.outcome, "dim")
+        colour = {"passed": "green", "failed": "red", "partly": "yellow"}.get(result.outcome, "dim")
         what = f"{ROWS[row].what}: [dim]{escape(ROWS[row].expected)}[/dim]"
         table.add_row(
             _name(row), what, escape(text), f"{result.seconds:.1f}" if result.said else "",
