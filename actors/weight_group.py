@@ -23,6 +23,9 @@ BUCKET_BYTES = 256 << 20
 TIMEOUT = timedelta(minutes=5)
 """For one bucket, and for all to come together."""
 
+START_TIMEOUT = timedelta(minutes=30)
+"""For the ranks of a learner to come together: some nodes are slow to start a process."""
+
 Kind = Literal["broadcast", "ipc"]
 
 
@@ -50,12 +53,17 @@ class Bucket(NamedTuple):
 
 
 def open_store(
-    host: str, port: int, rank: int, world_size: int, listener: socket.socket | None = None
+    host: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    listener: socket.socket | None = None,
+    timeout: timedelta = START_TIMEOUT,
 ) -> dist.TCPStore:
     """Where the members of a group find each other. Rank 0 serves it, through ``listener`` if it listens there already:
     then no other process can have taken the port."""
     fd = None if listener is None else listener.detach()
-    return dist.TCPStore(host, port, world_size, rank == 0, TIMEOUT, wait_for_workers=False, master_listen_fd=fd)
+    return dist.TCPStore(host, port, world_size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=fd)
 
 
 class WeightGroup:
@@ -69,7 +77,7 @@ class WeightGroup:
 
     def __init__(self, seat: Seat, device: torch.device, listener: socket.socket | None = None) -> None:
         self._seat, self._device = seat, device
-        store = open_store(seat.host, seat.port, seat.rank, seat.world_size, listener)
+        store = open_store(seat.host, seat.port, seat.rank, seat.world_size, listener, TIMEOUT)
         prefixed = dist.PrefixStore("weights", store)
         self._over_nccl = device.type == "cuda" and seat.kind == "broadcast"
         self._group: Any
