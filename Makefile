@@ -13,13 +13,21 @@ STAMP := $(VENV)/.installed
 BENCH ?= runs/bench
 ROUNDS ?= 1 2
 
-.PHONY: quickstart test lint bench install clean
+.PHONY: quickstart test faults faults-full lint bench install clean
 
 quickstart: install
 	$(BIN)/rayllm pipeline --config jobs/configs/quickstart.yaml $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# The scorecard of what may go wrong: docs/reliability.md. Real Ray in both; the first with a fake engine, the second with
+# vLLM and DeepSpeed throughout.
+faults: install
+	$(BIN)/python -m pytest --scorecard=fast $(ARGS)
+
+faults-full: install
+	$(BIN)/python -m pytest --scorecard=full $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from actors.learner import LearnerActor
+from rayllm import faults
 from rayllm.algorithms.losses import value_loss
 from rayllm.algorithms.metrics import explained_variance
 from rayllm.config.ppo import PPOConfig
@@ -27,6 +28,7 @@ class CriticActor(LearnerActor):
     @without_garbage_collection()
     def setup(self, address: tuple[str, int]) -> None:
         """Join the ranks and load the model."""
+        faults.reach("critic.setup", rank=self.rank)
         self.join(address)
         start = self.config.critic_start
         seed = None if is_sequence_classifier(start) else self.config.seed
@@ -36,10 +38,11 @@ class CriticActor(LearnerActor):
 
     def values(self, shard: Experience) -> torch.Tensor:
         """(B, T) value before each token."""
-        return self.score(shard, self._values)
+        return faults.reach("critic.values", self.score(shard, self._values), rank=self.rank)
 
     def update(self, *shards: Experience, step: int) -> dict[str, float]:
         """Regress on the returns; returns metrics."""
+        faults.reach("critic.update", rank=self.rank)
         experience, step_experience = self.joined(shards), concat(list(shards))
         variance = explained_variance(
             step_experience.values, step_experience.returns, step_experience.action_mask
@@ -51,7 +54,8 @@ class CriticActor(LearnerActor):
                 if not tokens:  # all its responses were dropped, on every rank
                     continue
                 loss = partial(self._loss, tokens=tokens)
-                stats.append(self.engine.update(batch, loss, learning_rate=self.learning_rate(step)))
+                rate = self.learning_rate(step)
+                stats.append(self.optimize(batch, loss, batch=batch, learning_rate=rate))
         return {
             **self.update_metrics("loss/value", "critic", stats),
             "value/explained_variance": float(variance),

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from rayllm import faults
+
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # two OpenMP threads on two busy cores were 6 times slower than one
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -18,13 +20,14 @@ COMMON_ENV = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),  # the driver has fetched what the config names
 }
 
 
 def worker_env(gpus: float) -> dict[str, str]:
     """Variables for a process that computes with ``gpus`` GPUs; without one it computes on a single CPU thread and
     is parallel by processes."""
-    return COMMON_ENV if gpus else {**COMMON_ENV, **CPU_ENV}
+    return {**COMMON_ENV, **({} if gpus else CPU_ENV), **faults.carried()}
 
 
 def backend(gpus: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -16,6 +16,9 @@ from rayllm.errors import FleetExhausted
 from rayllm.startup import without_garbage_collection
 
 ActorT = TypeVar("ActorT")
+
+OUT_OF_MEMORY = "OOM"
+"""In Ray's account of an actor that its memory monitor killed."""
 
 PIECES = 4
 """Calls into which `ActorGroup.map_pieces` divides a rank's rows: the actor works while later rows are on their way,
@@ -183,7 +186,11 @@ def collect(references: Sequence[Any], role: str) -> list[Any]:
         if isinstance(cause, FleetExhausted):
             raise FleetExhausted(str(cause)) from error
         raise RuntimeError(f"{role}: {_last_line(error)}") from error
+    except OutOfMemoryError as error:
+        raise RuntimeError(f"{role}: killed, the node was out of memory: {_first_line(error)}") from error
     except RayActorError as error:
+        if OUT_OF_MEMORY in str(error):
+            raise RuntimeError(f"{role}: an actor was killed, the node was out of memory: {error}") from error
         raise RuntimeError(f"{role}: an actor died: {error}") from error
 
 
@@ -192,6 +199,10 @@ def root_cause(error: BaseException) -> BaseException:
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
 
 
 def _last_line(error: RayTaskError) -> str:
@@ -204,4 +215,4 @@ def _last_line(error: RayTaskError) -> str:
 def _is_async(cls: type) -> bool:
     import inspect
 
-    return any(inspect.iscoroutinefunction(member) for member in vars(cls).values())
+    return any(inspect.iscoroutinefunction(getattr(cls, name)) for name in dir(cls))

@@ -35,6 +35,7 @@ from actors.environment import worker_env
 from actors.group import Role
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
+from rayllm import faults
 from rayllm.data.files import Row
 
 CHUNK = 64
@@ -118,6 +119,7 @@ class Sampler(RolloutActor):
         self._arguments, self._steps, self._folder = sampling, steps, folder
 
     async def __call__(self, table: pa.Table) -> pa.Table:
+        faults.reach("label.sample")
         chunk = Chunk.from_table(table)
         prompts = [(row["prompt_id"], row["token_ids"]) for row in chunk.rows]
         rollouts = await self.generate(prompts, step=self._steps[chunk.key], **self._arguments)
@@ -143,6 +145,7 @@ class Scorer:
         self._folder = folder
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        faults.reach("label.score")
         chunk = Chunk.from_table(table)
         logits = self._reward.raw_scores(
             [np.array([*row["token_ids"], *ids]) for row in chunk.rows for ids in row["response_ids"]]

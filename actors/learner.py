@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -14,12 +15,14 @@ import torch
 
 from actors.environment import backend, device_of
 from actors.scoring import per_token_in_parts, select
+from actors.weight_group import open_store
+from rayllm import faults
 from rayllm.checkpoints import Files
 from rayllm.config.ppo import PPOConfig
 from rayllm.config.rl import LearnerActorsConfig
 from rayllm.data.balancing import balanced_partition, micro_batches_by_tokens, with_num_parts
 from rayllm.data.experience import Experience, concat
-from rayllm.models.engine import Engine, UpdateStats, init_distributed
+from rayllm.models.engine import Engine, TooManySkipped, UpdateStats, init_distributed
 
 
 class LearnerActor:
@@ -30,12 +33,20 @@ class LearnerActor:
         self.rank, self.world_size = rank, world_size
         self.config, self.role = config, role
         self.engine: Engine
+        self._listener: socket.socket | None = None
 
     def address(self) -> tuple[str, int]:
-        """Host and a free port where the ranks meet."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        """Host and port where others are to meet with this rank. It listens there from now on, so that no other process
+        gets the port before they do; on that address alone, and on one machine for nobody else."""
+        one_machine = sum(node["Alive"] for node in ray.nodes()) == 1
+        host = "127.0.0.1" if one_machine else ray.util.get_node_ip_address()
+        self._listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return host, self._listener.getsockname()[1]
+
+    def _taken_listener(self) -> socket.socket | None:
+        """What `address` has opened, once."""
+        listener, self._listener = self._listener, None
+        return listener
 
     def join(self, address: tuple[str, int]) -> None:
         """Meet the other ranks; returns when all are there."""
@@ -46,7 +57,8 @@ class LearnerActor:
             MASTER_ADDR=address[0],
             MASTER_PORT=str(address[1]),
         )
-        init_distributed(backend(self.role.gpus_per_actor))
+        store = open_store(*address, self.rank, self.world_size, self._taken_listener())
+        init_distributed(backend(self.role.gpus_per_actor), store)
 
     def joined(self, shards: Sequence[Experience]) -> Experience:
         """This rank's rows of a step: every rank gets all shards and takes as many rows, and about as many tokens,
@@ -121,6 +133,31 @@ class LearnerActor:
         means = {name: float(t / max(float(n), 1e-12)) for name, (t, n) in zip(sums, totals, strict=True)}
         return means
 
+    def optimize(
+        self,
+        parts: Sequence[Any],
+        loss: Callable[[Any], torch.Tensor],
+        *,
+        batch: list[Experience],
+        learning_rate: float,
+    ) -> UpdateStats:
+        """One optimizer step.
+
+        Args:
+            parts: micro-batches.
+            loss: of one of them.
+            batch: the step's responses, to be named.
+            learning_rate: of the step.
+
+        Raises:
+            RuntimeError: too many steps in a row were not finite; names the prompts of the last one.
+        """
+        try:
+            return self.engine.update(parts, loss, learning_rate=learning_rate)
+        except TooManySkipped as error:
+            prompts = sorted({prompt for part in batch for prompt in part.prompt_ids.tolist()})
+            raise RuntimeError(f"{error}; prompts of this rank in the last one: {prompts}") from error
+
     def rest(self) -> None:
         """Colocated: optimizer states move to the memory of the host, until the next `turn`."""
         if self.config.placement.mode == "colocated":
@@ -139,11 +176,13 @@ class LearnerActor:
 
     def save(self, folder: str) -> Files:
         """This rank's part of a checkpoint; returns what was written."""
+        faults.reach("learner.save", Path(folder), rank=self.rank)
         with self.turn():
             return self.engine.save(Path(folder))
 
     def load(self, folder: str) -> None:
         """Continue from a checkpoint."""
+        faults.reach("learner.load", Path(folder), rank=self.rank)
         with self.turn():
             self.engine.load(Path(folder))
 

@@ -16,6 +16,7 @@ from actors.publishing import Published, Publisher
 from actors.scoring import mean_nats
 from actors.weight_group import Seat, WeightGroup
 from actors.weights import ADAPTER_A, ADAPTER_B
+from rayllm import faults
 from rayllm.algorithms.advantages import masked_moments, whiten
 from rayllm.algorithms.kl import kl_estimate
 from rayllm.algorithms.logprobs import token_entropy, token_logprobs
@@ -29,7 +30,7 @@ from rayllm.algorithms.rewards import (
     per_token_rewards,
 )
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.experience import Experience, concat, without_dropped
+from rayllm.data.experience import Experience, check_finite, concat, without_dropped
 from rayllm.data.scores import Mix, Scores, mixed, with_step_rewards
 from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
@@ -61,6 +62,7 @@ class PolicyActor(LearnerActor):
     @without_garbage_collection()
     def setup(self, address: tuple[str, int]) -> float:
         """Join the ranks and load the model; returns the seconds of it that DeepSpeed took."""
+        faults.reach("policy.setup", rank=self.rank)
         began = time.perf_counter()
         self.join(address)
         joined = time.perf_counter()
@@ -73,7 +75,7 @@ class PolicyActor(LearnerActor):
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats under the weights before this step's update, at the sampling temperature."""
-        return self.score(shard, self._logprobs)
+        return faults.reach("policy.logprobs", self.score(shard, self._logprobs), rank=self.rank)
 
     def ref_logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats under the start policy, which is this one with its adapters switched off (LoRA only)."""
@@ -101,11 +103,23 @@ class PolicyActor(LearnerActor):
                 response that a source dropped is left out of everything that is learned.
             mix: how the sources count.
             kl_coef: of this step.
+
+        Raises:
+            RuntimeError: a number of an action token is not finite; says whose it is and names the prompts.
         """
         given, greedy = scores[: len(mix)], scores[len(mix) :]
         rewards = mixed(shard, given, mix)
         baselines = mixed(shard.replace(turn_rewards=None), greedy, mix) if greedy else None
         shard, rewards, baselines = without_dropped(with_step_rewards(shard, given, mix), rewards, baselines)
+        check_finite(
+            shard,
+            {
+                "the sampler's log-probabilities": shard.rollout_logprobs,
+                "the policy's log-probabilities": logprobs,
+                "the reference's log-probabilities": ref_logprobs,
+                "the critic's values": values,
+            },
+        )
         algorithm, mask = self.config.algorithm, shard.action_mask
         # What the environment's turns earned lies where they ended; the rest of the reward at the response's end.
         final = rewards if shard.turn_rewards is None else rewards - shard.turn_rewards.sum(1)
@@ -156,6 +170,7 @@ class PolicyActor(LearnerActor):
 
     def update(self, *shards: Experience, step: int, kl_coef: float) -> dict[str, float]:
         """Clipped policy steps on the step's experience. Returns metrics of rollouts and update."""
+        faults.reach("policy.update", rank=self.rank)
         experience = self.joined(shards)
         if self.estimator.whitens:
             moments = self.engine.sum_tensor(masked_moments(experience.advantages, experience.action_mask))
@@ -176,6 +191,7 @@ class PolicyActor(LearnerActor):
         """Metrics, and the experience with the policy's log-probabilities if it came without."""
         stats = []
         scored: list[Experience] = []
+        self._ratio_max = torch.zeros(1)
         sums: dict[str, tuple[float, float]] = {}
         learning_rate = self.learning_rate(step)
         for index, batch in enumerate(self.minibatches(experience, step)):
@@ -184,8 +200,9 @@ class PolicyActor(LearnerActor):
                 continue
             text = self._ptx_batches(step * self.config.algorithm.updates_per_step + index)
             loss = partial(self._loss, normalizer=normalizer, kl_coef=kl_coef, sums=sums, scored=scored)
-            stats.append(self.engine.update([*batch, *text], loss, learning_rate=learning_rate))
+            stats.append(self.optimize([*batch, *text], loss, batch=batch, learning_rate=learning_rate))
         metrics = {**self.update_metrics("loss/policy", "policy", stats), **self.mean_over_ranks(sums)}
+        metrics["policy/ratio_max"] = float(self.engine.max_tensor(self._ratio_max))
         if experience.logprobs is None:
             experience = concat([part for part in scored if part.action_mask.any()])
         return metrics, experience
@@ -228,6 +245,8 @@ class PolicyActor(LearnerActor):
         if algorithm.entropy_coef:
             entropy = token_entropy(logits, temperature=self.config.rollout.temperature)
             loss = loss - algorithm.entropy_coef * reduce(entropy)
+        ratio = torch.where(mask, new.detach() - old, 0.0).max().exp().cpu()
+        self._ratio_max = torch.maximum(self._ratio_max, ratio)
         count = float(mask.sum())
         clipped = clip_fraction(new.detach(), old, mask, algorithm.clip_range, algorithm.clip_range_high)
         _add(sums, "policy/clipfrac", float(clipped), count)
@@ -330,6 +349,7 @@ class PolicyActor(LearnerActor):
             dtype: a name in `DTYPES` to cast whole weights to: half the bytes for an engine that holds half of them.
             nodes: where the readers live; None: anywhere.
         """
+        faults.reach("policy.publish", rank=self.rank)
         if self.config.policy.learner.lora.rank is None:
             tensors, scaling = self.engine.named_tensors(), None
         else:
@@ -346,7 +366,7 @@ class PolicyActor(LearnerActor):
 
     def join_engines(self, seat: Seat) -> None:
         """Meet the engines in a `WeightGroup`."""
-        self._weight_group = WeightGroup(seat, self.engine.device)
+        self._weight_group = WeightGroup(seat, self.engine.device, self._taken_listener())
 
     def send_weights(self, *, dtype: str) -> None:
         """Send all weights, adapters merged, to the engines that this rank has joined; every rank must be called."""

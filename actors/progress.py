@@ -7,6 +7,8 @@ from typing import Any
 
 import ray
 
+from rayllm import faults
+
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
@@ -35,6 +37,7 @@ class ProgressActor:
         self._stop = False
 
     def push(self, event: StepEvent) -> None:
+        faults.reach("progress.push")
         self._events.append(event)
 
     def drain(self) -> list[StepEvent]:

@@ -8,6 +8,7 @@ from actors.environment import device_of
 from actors.publishing import Published
 from actors.scoring import mean_nats, per_token
 from actors.weights import unpack
+from rayllm import faults
 from rayllm.algorithms.logprobs import token_logprobs
 from rayllm.data.experience import Experience
 from rayllm.models.loading import load_causal_lm
@@ -27,7 +28,8 @@ class ReferenceActor:
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         """(B, T) nats at the sampling temperature."""
-        return per_token(shard, self.micro_batch_size, self.device, self._logprobs)
+        logprobs = per_token(shard, self.micro_batch_size, self.device, self._logprobs)
+        return faults.reach("reference.logprobs", logprobs)
 
     @torch.no_grad()
     def move(self, weights: Published, *, ema: float) -> None:

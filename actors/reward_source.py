@@ -17,6 +17,7 @@ from actors.environment import device_of
 from actors.reward import RewardActor
 from actors.reward_child import Child
 from actors.reward_remote import HttpRewards, Judge
+from rayllm import faults
 from rayllm.config.reward import (
     EndpointSource,
     FunctionSource,
@@ -81,6 +82,7 @@ class SourceActor:
         Raises:
             RewardError: the source failed and its policy is to stop.
         """
+        faults.reach("reward.scores")
         sample_ids = sample_ids_of(shard.prompt_ids)
         samples = None if self.tokenizer is None else self._samples(shard, sample_ids, rows or self.rows)
         found = await self._tries(shard, samples, len(sample_ids))

@@ -24,6 +24,7 @@ from actors.seeds import sample_seed
 from actors.vllm_engine import Request, make_engine, set_environment
 from actors.weight_group import Seat
 from actors.weights import WeightBundle, merged, read_safetensors, safetensors_shapes, unpack, verify
+from rayllm import faults
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.data.experience import Experience
 from rayllm.data.files import Row
@@ -71,6 +72,8 @@ class RolloutActor:
         timeout_s: seconds that a call may take; None for any number.
     """
 
+    make_engine = staticmethod(make_engine)
+
     def __init__(
         self,
         model_dir: str,
@@ -82,6 +85,7 @@ class RolloutActor:
         timeout_s: float | None = None,
     ) -> None:
         set_environment()
+        faults.reach("rollout.init")
         from rayllm.data.tokenizer import stop_token_ids
         from rayllm.models.loading import load_tokenizer
 
@@ -93,7 +97,7 @@ class RolloutActor:
         self._order: PromptStream
         self._sampling: dict[str, Any] = {}
         stops = [] if ignore_stop else stop_token_ids(tokenizer)
-        self._engine = make_engine(model_dir, stop_token_ids=stops, overrides=engine)
+        self._engine = self.make_engine(model_dir, stop_token_ids=stops, overrides=engine)
         self._conversations: Conversations | None = None
         if environment.name is not None:
             self._conversations = Conversations(environment, self._engine, tokenizer, where=model_dir)
@@ -132,6 +136,7 @@ class RolloutActor:
                 raise ValueError(f"prompt {prompt_id} {problem}")
         samples = self._samples(prompts, num_samples, step)
         async with self._deadline(len(samples)):
+            faults.reach("rollout.generate")
             responses = await self._engine.generate(
                 [Request(token_ids=token_ids, seed=seed) for _, token_ids, seed in samples],
                 temperature=temperature,
@@ -269,6 +274,7 @@ class RolloutActor:
             RuntimeError: the weights are damaged, lack a tensor of the checkpoint, have one too many or one of
                 another shape. The old ones go on serving.
         """
+        faults.reach("rollout.update_weights")
         if isinstance(weights, Sent):
             return await self._engine.receive(version=weights.version, keep_cache=keep_cache)
         bundle = weights if isinstance(weights, WeightBundle) else await asyncio.to_thread(weights.fetch)

@@ -14,8 +14,6 @@ the tokenizer's end-of-sequence token, here end-of-turn, and at every ``eos_toke
 from __future__ import annotations
 
 import difflib
-import hashlib
-import hmac
 import json
 import os
 import re
@@ -30,12 +28,16 @@ from ray import serve
 from ray.serve import Application
 
 from actors.engine_guard import REPLICA_PID
+from actors.web_guard import Guard, key_digest
+from rayllm import faults
 from rayllm.config.serve import ServeConfig
 from rayllm.errors import InputError
 
 DEPLOYMENT = "ModelServer"
 CPU_KV_CACHE_BYTES = 512 * 1024**2
-OPEN_PATHS = ("/health",)
+MAX_ANSWERS = 64
+"""To one request (`n`)."""
+
 BAD_ARGUMENT = "engine argument refused: "
 LOAD_FAILED = "engine did not start: "
 """How the messages of errors in a replica begin: those of the user's config, and others."""
@@ -54,19 +56,21 @@ class ModelServer:
     """One replica: an engine and the web app in front of it."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, arguments: dict[str, Any], api_key_sha256: str | None
+        self, arguments: dict[str, Any], api_key_sha256: str | None, local: bool
     ) -> None:
         """Load the model; returns when the engine can answer.
 
         Args:
             arguments: vLLM's engine and server arguments by name.
             api_key_sha256: hex digest of the key that clients must send; None lets everyone in.
+            local: as in `Guard`.
         """
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         os.environ[REPLICA_PID] = str(os.getpid())  # the engine's processes end when this one is killed
-        self._api_key_sha256 = api_key_sha256
+        faults.reach("serve.load")
+        self._api_key_sha256, self._local = api_key_sha256, local
         self._args = server_namespace(arguments)
         try:
             engine_args = AsyncEngineArgs.from_cli_args(self._args)
@@ -91,7 +95,7 @@ class ModelServer:
         app = build_app(self._args, supported_tasks=tasks, model_config=self._engine.model_config)
         await init_app_state(self._engine, app.state, self._args, tasks)
         app.state.server = types.SimpleNamespace()  # vLLM flags a dead engine here, for its own launcher
-        return app if self._api_key_sha256 is None else ApiKeyMiddleware(app, sha256=self._api_key_sha256)
+        return Guard(app, sha256=self._api_key_sha256, local=self._local)
 
     async def check_health(self) -> None:
         """Raises when the engine is dead."""
@@ -100,32 +104,6 @@ class ModelServer:
     async def __del__(self) -> None:
         if hasattr(self, "_engine"):
             self._engine.shutdown()
-
-
-class ApiKeyMiddleware:
-    """Answers 401 to requests without the key, whatever their path; only health checks are open.
-
-    vLLM's own ``--api-key`` guards ``/v1`` but leaves paths with the same abilities open, such as
-    ``/invocations``. Only the key's digest is known here, so it shows in no log, dashboard or checkpoint.
-    """
-
-    def __init__(self, app: Any, *, sha256: str) -> None:
-        self._app = app
-        self._sha256 = sha256
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        guarded = scope["type"] in ("http", "websocket") and scope["path"] not in OPEN_PATHS
-        if not guarded or self._has_key(scope):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            await _send_unauthorized(send)
-
-    def _has_key(self, scope: Any) -> bool:
-        header = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, token = header.partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key_digest(token.strip()), self._sha256)
 
 
 def _one_line(error: Exception) -> str:
@@ -143,18 +121,6 @@ def _engine_error() -> str | None:
         return None
     found = re.findall(r"^(?:\(.*?\) )?\w*(?:Error|Exception): .+", log[-100_000:], flags=re.MULTILINE)
     return found[-1] if found else None
-
-
-async def _send_unauthorized(send: Any) -> None:
-    error = {"message": "Missing or wrong API key", "type": "invalid_request_error", "code": 401}
-    body = json.dumps({"error": error}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"www-authenticate", b"Bearer"),
-    ]
-    await send({"type": "http.response.start", "status": 401, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
 
 
 def model_name(config: ServeConfig) -> str:
@@ -184,13 +150,8 @@ def read_api_key(path: Path) -> str:
     return key
 
 
-def key_digest(key: bytes) -> str:
-    """Hex SHA-256 of an API key."""
-    return hashlib.sha256(key).hexdigest()
-
-
-def application(config: ServeConfig) -> Application:
-    """What ``serve.run`` takes.
+def application(config: ServeConfig, *, local: bool) -> Application:
+    """What ``serve.run`` takes; ``local`` as in `Guard`.
 
     Raises:
         InputError: the key file cannot be used.
@@ -207,7 +168,7 @@ def application(config: ServeConfig) -> Application:
             "num_gpus": config.gpus_per_replica,
             "runtime_env": {"env_vars": replica_environment(config)},
         },
-    ).bind(vllm_arguments(config), key)
+    ).bind(vllm_arguments(config), key, local)
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -215,7 +176,7 @@ def build_app(args: dict[str, Any]) -> Application:
 
     The file's own ``http_options`` say where to listen; ``host`` and ``port`` have no effect there.
     """
-    return application(ServeConfig.model_validate(args))
+    return application(ServeConfig.model_validate(args), local=False)
 
 
 def vllm_arguments(config: ServeConfig) -> dict[str, Any]:
@@ -258,6 +219,8 @@ def replica_environment(config: ServeConfig) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",  # the model is a local folder
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_API_KEY": "",  # the key comes from api_key_file alone
+        "VLLM_SERVER_DEV_MODE": "0",  # its routes change the weights, for whoever asks
+        "VLLM_MAX_N_SEQUENCES": str(MAX_ANSWERS),
     }
     if config.gpus_per_replica:
         return environment

@@ -19,6 +19,7 @@ import torch
 
 from actors.environment import backend, worker_env
 from actors.progress import StepEvent, start_progress_actor
+from rayllm import faults
 from rayllm.checkpoints import CheckpointError, Checkpoints, Files, read_state
 from rayllm.config.common import TrainConfig
 from rayllm.models.engine import Engine, init_distributed
@@ -255,6 +256,7 @@ class _Loop:
             problem = self._agree(lambda: files.update(self.engine.save(folder)))
         for written in self.engine.gather(files):
             files.update(written)
+        faults.reach("trainer.save", folder, rank=self.engine.rank)
         state = {"step": step, "skipped": self._skipped, "history": self._history}
         if problem is None:
             problem = self._agree(lambda: self.checkpoints.commit(step, files, state), do=rank_zero)
@@ -283,6 +285,7 @@ class _Loop:
     def step(self, step: int) -> bool:
         """One optimizer step; returns whether the job should end."""
         config, engine = self.task.config, self.engine
+        faults.reach("trainer.step", rank=engine.rank)
         micro_batches = self.task.micro_batches(step, engine.rank, engine.world_size)
         self.task.begin_step(engine, micro_batches)
         learning_rate = config.optimizer.learning_rate_at(step, self.task.num_steps)

@@ -8,6 +8,7 @@ preceded by what it holds and a checksum. Run on CPU only so far: over gloo, and
 from __future__ import annotations
 
 import pickle
+import socket
 from collections.abc import Collection, Iterable, Iterator
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
@@ -21,6 +22,9 @@ from actors.weights import Entry, check_shapes
 BUCKET_BYTES = 256 << 20
 TIMEOUT = timedelta(minutes=5)
 """For one bucket, and for all to come together."""
+
+START_TIMEOUT = timedelta(minutes=30)
+"""For the ranks of a learner to come together: some nodes are slow to start a process."""
 
 Kind = Literal["broadcast", "ipc"]
 
@@ -48,14 +52,32 @@ class Bucket(NamedTuple):
     """Where the reader maps it (ipc)."""
 
 
-class WeightGroup:
-    """One member. Making it waits for all others."""
+def open_store(
+    host: str,
+    port: int,
+    rank: int,
+    world_size: int,
+    listener: socket.socket | None = None,
+    timeout: timedelta = START_TIMEOUT,
+) -> dist.TCPStore:
+    """Where the members of a group find each other. Rank 0 serves it, through ``listener`` if it listens there already:
+    then no other process can have taken the port."""
+    fd = None if listener is None else listener.detach()
+    return dist.TCPStore(host, port, world_size, rank == 0, timeout, wait_for_workers=False, master_listen_fd=fd)
 
-    def __init__(self, seat: Seat, device: torch.device) -> None:
+
+class WeightGroup:
+    """One member. Making it waits for all others.
+
+    Args:
+        seat: whose it is.
+        device: of the tensors.
+        listener: rank 0's, which listens where the seat says.
+    """
+
+    def __init__(self, seat: Seat, device: torch.device, listener: socket.socket | None = None) -> None:
         self._seat, self._device = seat, device
-        store = dist.TCPStore(
-            seat.host, seat.port, seat.world_size, seat.rank == 0, TIMEOUT, wait_for_workers=False
-        )
+        store = open_store(seat.host, seat.port, seat.rank, seat.world_size, listener, TIMEOUT)
         prefixed = dist.PrefixStore("weights", store)
         self._over_nccl = device.type == "cuda" and seat.kind == "broadcast"
         self._group: Any

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -120,6 +121,7 @@ def pack(
 
     Raises:
         ValueError: a name comes twice.
+        RuntimeError: a weight is NaN or infinite: whoever reads the last version keeps it.
     """
     memory = memory or Memory()
     end = 0
@@ -130,6 +132,8 @@ def pack(
         tensor = tensor.detach()
         if dtype is not None and tensor.is_floating_point():
             tensor = tensor.to(dtype)
+        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+            raise RuntimeError(f"weights of version {version} are not handed out: {name} holds NaN or infinity")
         data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         start = end + -end % ALIGNMENT
         dtype_name = str(tensor.dtype).removeprefix("torch.")
@@ -223,7 +227,11 @@ def _shards(model_dir: Path) -> list[Path]:
     """The index names the shards where there is one: a folder may hold the same weights twice in other layouts."""
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        return sorted({model_dir / name for name in json.loads(index.read_text())["weight_map"].values()})
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elsewhere = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+        if elsewhere:
+            raise ValueError(f"{index} names a file outside its folder: {elsewhere[0]!r}")
+        return [model_dir / name for name in names]
     shards = sorted(model_dir.glob("*.safetensors"))
     if not shards:
         raise ValueError(f"{model_dir} has no *.safetensors weights")

@@ -17,7 +17,7 @@ umask 077
 cd "${SLURM_SUBMIT_DIR:-.}"
 export PATH="$PWD/.venv/bin:$PATH"
 export RAY_AUTH_MODE=token PYTHONUNBUFFERED=1
-[[ -n "${RAY_AUTH_TOKEN:-}" || -f ~/.ray/auth_token ]] || ray get-auth-token --generate > /dev/null
+[[ -n "${RAY_AUTH_TOKEN:-}" || -f ~/.ray/auth_token ]] || (umask 077; ray get-auth-token --generate > /dev/null)
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}')

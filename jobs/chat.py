@@ -22,6 +22,7 @@ from rayllm.config.base import Loaded
 from rayllm.config.chat import ChatConfig
 from rayllm.config.serve import is_loopback
 from rayllm.errors import InputError
+from rayllm.report.terminal import printable
 
 HELP = """\
 /clear            forget the conversation
@@ -29,9 +30,6 @@ HELP = """\
 /temperature X    0 always takes the most likely token, 1 samples
 /help             this text
 /quit             leave, as Ctrl-D does; Ctrl-C stops an answer"""
-
-_CONTROL = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
-
 
 @dataclass
 class Conversation:
@@ -164,11 +162,6 @@ def _copy(stream: Iterable[Any], pieces: list[str], out: TextIO) -> str | None:
             out.write(printable(pieces[-1]))
             out.flush()
     return reason
-
-
-def printable(text: str) -> str:
-    """``text`` without control characters other than newline and tab."""
-    return text.translate(_CONTROL)
 
 
 def _talk(client: openai.OpenAI, conversation: Conversation, url: str) -> None:

@@ -91,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         sys.exit(run_command(name, rest, console))
     except InputError as error:
-        for line in str(error).splitlines():
+        from rayllm.report.terminal import printable
+
+        for line in printable(str(error)).splitlines():
             console.print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_INPUT)
     except KeyboardInterrupt:
@@ -154,9 +156,11 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
     try:
         job = module.run(loaded, console, verbose=parsed.verbose)
     except RuntimeError as error:
+        from rayllm.report.terminal import printable
+
         if parsed.verbose:
             raise
-        console.print(f"[red]failed:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        console.print(f"[red]failed:[/red] {escape(printable(str(error)))}", highlight=False, soft_wrap=True)
         console.print("[dim]-v prints the libraries' own output[/dim]")
         return EXIT_EXHAUSTED if isinstance(error, FleetExhausted) else EXIT_FAILED
     if getattr(job, "done", False):

@@ -114,8 +114,9 @@ def read_splits(job: Run, config: EvaluateConfig, tokenizer: Any) -> dict[str, P
     splits = {}
     for name, path in config.prompts.items():
         splits[name] = read_prompts(
-            path, tokenizer, max_prompt_tokens=room, limit=config.num_prompts, max_bad_rows=config.max_bad_rows
-        )
+            path, tokenizer, max_prompt_tokens=room, long_prompts=config.rollout.long_prompts,
+            limit=config.num_prompts, max_bad_rows=config.max_bad_rows,
+        )  # fmt: skip
         check_world_rows(splits[name].rows, key=f"prompts.{name}")
         facts = splits[name].facts
         job.add_data(f"prompts.{name}", **facts, rows=len(splits[name]), dropped=splits[name].dropped)

@@ -18,7 +18,7 @@ from actors.group import Role
 from actors.labeling import AHEAD, Chunk, Sampler, Scorer, Stage, chunks_of, clear_parts, missing, read_part, run_stages
 from actors.placement import reserve
 from jobs.judging import check_world_rows
-from jobs.label_model import check_same_tokens, given_answers, print_agreement, write_labels
+from jobs.label_model import given_answers, print_agreement, write_labels
 from jobs.session import ray_session
 from rayllm.config.base import Loaded
 from rayllm.config.label import LabelConfig
@@ -27,7 +27,7 @@ from rayllm.data.files import Row, check_data_file, write_parquet
 from rayllm.data.preferences import Ranking, read_rankings
 from rayllm.data.prompts import PromptData, read_prompts
 from rayllm.errors import InputError
-from rayllm.models.loading import check_model_dir, load_tokenizer, max_positions
+from rayllm.models.loading import check_model_dir, check_same_tokens, load_tokenizer, max_positions
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done, print_preamble
 from rayllm.world.judge import judge
@@ -91,7 +91,7 @@ def check_inputs(config: LabelConfig) -> None:
             check_data_file(path, key=key)
     if config.reward_model is not None:
         check_model_dir(config.reward_model, key="reward_model")
-        check_same_tokens(config.model, config.reward_model)
+        check_same_tokens(config.model, config.reward_model, key="reward_model")
 
 
 def read(job: Run, config: LabelConfig) -> Data:
@@ -104,8 +104,9 @@ def read(job: Run, config: LabelConfig) -> Data:
         if (path := getattr(config, key)) is None:
             continue
         prompts[key] = read_prompts(
-            path, tokenizer, max_prompt_tokens=room, limit=limit, max_bad_rows=config.max_bad_rows
-        )
+            path, tokenizer, max_prompt_tokens=room, long_prompts=config.rollout.long_prompts, limit=limit,
+            max_bad_rows=config.max_bad_rows,
+        )  # fmt: skip
         if config.labeler == "gold":
             check_world_rows(prompts[key].rows, key=key)
         check_readable(prompts[key], key=key)

@@ -26,18 +26,7 @@ from rayllm.data.files import Row
 from rayllm.data.labeling import RowWriter, ScoredAnswers, best_row, pair_row, ranking_rows
 from rayllm.data.preferences import Ranking
 from rayllm.data.prompts import PromptData
-from rayllm.errors import InputError
 from rayllm.lineage import content_id
-from rayllm.models.loading import load_tokenizer
-
-
-def check_same_tokens(model: Path, reward_model: Path) -> None:
-    """Raise InputError unless the reward model reads the tokens that the model samples."""
-    if load_tokenizer(model).get_vocab() != load_tokenizer(reward_model).get_vocab():
-        raise InputError(
-            f"reward_model: {reward_model} has another tokenizer than model={model}; it scores the tokens as sampled, "
-            "so train it from a model with the same tokenizer"
-        )
 
 
 def given_answers(rankings: Sequence[Ranking]) -> list[Row]:

@@ -20,10 +20,11 @@ from actors.placement import reserve, where
 from actors.policy import PolicyActor
 from jobs.judging import check_world_rows
 from jobs.ppo_batches import Batches
-from jobs.ppo_rewards import ShardScores, check_rows, check_sources
+from jobs.ppo_rewards import ShardScores, check_reader, check_rows, check_sources
 from jobs.ppo_roles import Roles
 from jobs.ppo_watch import SHOWN, Controls, Watch, teller
 from jobs.session import ray_session
+from rayllm import faults
 from rayllm.config.base import Loaded
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.files import check_data_file
@@ -33,7 +34,12 @@ from rayllm.data.sources import shown_paths
 from rayllm.data.text import tokenize_documents
 from rayllm.environments.loading import load_environment, make_prompts
 from rayllm.errors import InputError
-from rayllm.models.loading import check_model_dir, count_stored_parameters, load_tokenizer, max_positions
+from rayllm.models.loading import (
+    check_model_dir,
+    count_stored_parameters,
+    load_tokenizer,
+    max_positions,
+)
 from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done, print_preamble, print_where
@@ -42,6 +48,7 @@ from rayllm.report.terminal import Progress, print_done, print_preamble, print_w
 def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig, watch: Watch) -> None:
     """The algorithm: Ouyang et al. 2022, section 3.5; Schulman et al. 2017, algorithm 1."""
     for step in range(watch.first_step, config.num_steps):
+        faults.reach("driver.step")
         with watch.timed("time/step"):
             with watch.timed("time/rollout"):
                 shards, scores = batches.take(step)
@@ -108,10 +115,9 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
     """The `ppo` job."""
     config = loaded.config
     check_model_dir(config.model, key="model")
-    for folder in config.reward_models:
-        check_model_dir(folder, key="reward_model")
-    if config.critic.model is not None:
-        check_model_dir(config.critic.model, key="critic.model")
+    readers = {"reward_model": config.reward_models, "critic.model": (config.critic.model,)}
+    for key, folder in [(key, folder) for key, folders in readers.items() for folder in folders if folder is not None]:
+        check_reader(config.model, folder, key=key)
     if config.prompts is not None:
         check_data_sources(config.prompts, key="prompts")
     for key, path in (("eval.prompts", config.eval.prompts),
@@ -194,8 +200,9 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
     room = max_positions(config.model) - config.rollout.max_new_tokens
     assert config.prompts is not None
     prompts = read_prompts(
-        config.prompts, tokenizer, max_prompt_tokens=room, max_bad_rows=config.max_bad_rows, seed=config.seed
-    )
+        config.prompts, tokenizer, max_prompt_tokens=room, long_prompts=config.rollout.long_prompts,
+        max_bad_rows=config.max_bad_rows, seed=config.seed,
+    )  # fmt: skip
     job.add_data("prompts", **prompts.facts, rows=len(prompts), dropped=prompts.dropped)
     if len(prompts) < config.prompts_per_step:
         raise InputError(
@@ -206,8 +213,8 @@ def read_data(job: Run, config: PPOConfig, tokenizer: Any) -> tuple[PromptData, 
     if config.eval.prompts is None:
         return prompts, None
     held_out = read_prompts(
-        config.eval.prompts, tokenizer, max_prompt_tokens=room, limit=config.eval.num_prompts,
-        max_bad_rows=config.max_bad_rows,
+        config.eval.prompts, tokenizer, max_prompt_tokens=room, long_prompts=config.rollout.long_prompts,
+        limit=config.eval.num_prompts, max_bad_rows=config.max_bad_rows,
     ).apart_from(prompts)  # fmt: skip
     if not held_out.rows:
         raise InputError(f"eval.prompts: every prompt of {config.eval.prompts} stands in prompts too")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,11 +17,11 @@ from actors.reward_verifiers import check_verifier
 from jobs.judging import check_world_rows
 from rayllm.algorithms.rewards import RunningMoments
 from rayllm.config.ppo import PPOConfig
-from rayllm.config.reward import FunctionSource, RewardConfig, VerifierSource
+from rayllm.config.reward import FunctionSource, RewardConfig, SourcesConfig, VerifierSource
 from rayllm.data.prompts import PromptData
 from rayllm.data.scores import Mix, ShardStats
 from rayllm.errors import InputError, RewardError
-from rayllm.models.loading import check_model_dir
+from rayllm.models.loading import check_model_dir, check_same_tokens
 
 ShardScores = tuple[Any, ...]
 """References to one shard's ``Scores``, a source each."""
@@ -147,8 +148,16 @@ def problems(step: list[ShardStats]) -> list[str]:
     return list(dict.fromkeys(s.problem for shard in step for s in shard.sources.values() if s.problem))
 
 
-def check_any_left(step: list[ShardStats]) -> None:
-    """Raise RewardError when the sources dropped all responses of a step: one that is down teaches nothing."""
+def check_failures(step: list[ShardStats], sources: Mapping[str, SourcesConfig]) -> None:
+    """Raise RewardError when a source failed on more of a step than it may, or nothing of it is left to learn from."""
+    total = sum(shard.num_responses for shard in step)
+    for name, source in sources.items():
+        failed = sum(shard.sources[name].num_failures for shard in step)
+        if failed > source.max_failed * total:
+            raise RewardError(
+                f"reward source {name} failed on {failed} of the step's {total} responses, more than "
+                f"max_failed={source.max_failed:g} of them: {'; '.join(problems(step))}"
+            )
     if not any(shard.num_kept for shard in step):
         raise RewardError(f"no response of the step is left to learn from: {'; '.join(problems(step))}")
 
@@ -162,9 +171,15 @@ def check_sources(config: PPOConfig) -> None:
             check_verifier(source)
         elif source.kind == "model":
             for folder in source.folders:
-                check_model_dir(folder, key=f"reward.sources.{name}.model")
+                check_reader(config.model, folder, key=f"reward.sources.{name}.model")
         elif source.kind == "process":
-            check_model_dir(source.model, key=f"reward.sources.{name}.model")
+            check_reader(config.model, source.model, key=f"reward.sources.{name}.model")
+
+
+def check_reader(model: Path, folder: Path, *, key: str) -> None:
+    """Raise InputError unless a folder is a model that reads the policy's tokens."""
+    check_model_dir(folder, key=key)
+    check_same_tokens(model, folder, key=key)
 
 
 def check_rows(config: RewardConfig, prompts: PromptData, *, key: str) -> None:

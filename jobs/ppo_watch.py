@@ -19,9 +19,10 @@ from actors.rollout import RolloutActor
 from jobs import stopping
 from jobs.judging import judge_rollouts
 from jobs.ppo_batches import Batches
-from jobs.ppo_rewards import RewardScales, ShardScores, check_any_left, problems, step_metrics
+from jobs.ppo_rewards import RewardScales, ShardScores, check_failures, problems, step_metrics
 from jobs.ppo_roles import Roles
 from jobs.session import cluster_lives
+from rayllm.algorithms.alarms import alarms
 from rayllm.algorithms.kl import next_kl_coef
 from rayllm.checkpoints import Checkpoints, read_state
 from rayllm.config.ppo import PPOConfig
@@ -41,6 +42,10 @@ SHOWN = (
 """Metrics on the screen; events.jsonl has all."""
 
 
+PATIENCE = 3
+"""Steps in a row with an alarm after which ``on_alarm=stop`` ends the run."""
+
+
 class Controls:
     """Scalars that follow the run: the KL coefficient, and the scale of each source's scores."""
 
@@ -57,7 +62,7 @@ class Controls:
         self._stats = roles.reward.stats(scores)
         if self.scales.needs_all:
             (step,) = collect([self._stats], "reward")
-            check_any_left(step)
+            check_failures(step, self.scales.sources)
             self.scales.add(step)  # a step's scores are on the scale of all so far, its own included
         return self.scales.mix()
 
@@ -65,6 +70,7 @@ class Controls:
         """Adapt to a step's metrics; returns what to log."""
         algorithm = self.config.algorithm
         (step,) = collect([self._stats], "reward")
+        check_failures(step, self.scales.sources)
         self.problems = problems(step)
         found = step_metrics(step)
         if algorithm.kl_target is None:
@@ -126,6 +132,7 @@ class Watch:
         """What a checkpoint needs beside the learners: as it was when the last step ended."""
         self.last: dict[str, float] = {}
         self._times: dict[str, float] = {}
+        self._alarming = 0
         documents, limit = config.eval.documents, config.max_bad_rows
         self._text = None if documents is None else held_out_text(documents, tokenizer, max_bad_rows=limit)
 
@@ -147,6 +154,7 @@ class Watch:
         self.job.log(step, metrics)
         for problem in self.controls.problems:
             self.job.note(f"step {step}: {problem}")
+        self._heed(step, alarms(metrics, kl_estimator=self.config.algorithm.kl_estimator))
         self.progress.update(step, {name: value for name, value in metrics.items() if name in SHOWN})
         self._boundary = self._state(step)
         if step % self.config.checkpoint.every_steps == 0 or step == self.config.num_steps:
@@ -187,6 +195,15 @@ class Watch:
     def _tell(self, note: str) -> None:
         self.job.note(note)
         self.progress.console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False, soft_wrap=True)
+
+    def _heed(self, step: int, found: list[str]) -> None:
+        """Raise RuntimeError when alarms have gone on for too long, if that is to end the run."""
+        self._alarming = self._alarming + 1 if found else 0
+        for text in found:
+            self.job.note(f"step {step}: {text}")
+            self.progress.console.print(f"[yellow]step {step}: {escape(text)}[/yellow]", highlight=False)
+        if self.config.on_alarm == "stop" and self._alarming >= PATIENCE:
+            raise RuntimeError(f"on_alarm=stop: {PATIENCE} steps in a row: {'; '.join(found)}")
 
     def evaluate(self) -> dict[str, float]:
         """Held-out prompts, sampled as in training, by the reward model and, if asked for, the gold judge; and

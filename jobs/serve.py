@@ -25,7 +25,7 @@ from rich.text import Text
 from actors.serving import BAD_ARGUMENT, LOAD_FAILED, application, model_name, read_api_key
 from jobs.serve_session import APP, Signals, Stop, check_port_free, serve_session
 from rayllm.config.base import Loaded
-from rayllm.config.serve import ServeConfig
+from rayllm.config.serve import ServeConfig, is_loopback
 from rayllm.errors import InputError
 from rayllm.lineage import check_files
 from rayllm.models.loading import check_model_dir, check_tokenizer_dir
@@ -120,7 +120,8 @@ def _deploy(config: ServeConfig) -> None:
         http_options={"host": config.host, "port": config.port},
         logging_config={"log_level": "WARNING"},
     )
-    serve.run_many([serve.RunTarget(application(config), name=APP)], wait_for_applications_running=False)
+    app = application(config, local=is_loopback(config.host))
+    serve.run_many([serve.RunTarget(app, name=APP)], wait_for_applications_running=False)
 
 
 def _wait_until_loaded(config: ServeConfig, deadline: float, signals: Signals) -> None:

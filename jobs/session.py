@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -25,6 +27,13 @@ from rayllm.errors import InputError
 
 TEMP_PREFIX = "rayllm-"
 KILL_AFTER_S = 15.0
+CONNECT_S = 10.0
+
+LOG_BYTES, LOG_FILES = 32 << 20, 3
+"""Of each process's log: Ray begins a new file at so many bytes and keeps so many of the old ones."""
+
+_TOKEN = secrets.token_hex(32)
+"""What the sessions of this process ask of everyone who connects: Ray's daemons listen on every network."""
 
 _own_cluster: list[Path] = []
 """Folder of the cluster that this process has started."""
@@ -86,12 +95,20 @@ def ray_session(
 
 def _connect(address: str, **options: Any) -> None:
     try:
+        _look_for(address)
         ray.init(**options)
-    except (ConnectionError, AuthenticationError) as error:
+    except (OSError, AuthenticationError) as error:
         raise InputError(
             f"RAY_ADDRESS: no connection to {address}: {str(error).splitlines()[0]} If the cluster is up and wants a "
             "token: export RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or RAY_AUTH_TOKEN"
         ) from None
+
+
+def _look_for(address: str) -> None:
+    """Raise OSError at once if nobody listens there; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 class _Starting:
@@ -118,8 +135,9 @@ class _Starting:
 
     def _run(self) -> None:
         try:
-            with _temporary_files_in(self._folder / "tmp"):
+            with _temporary_files_in(self._folder / "tmp"), _token_in(self._folder / "token"):
                 ray.init(address="local", include_dashboard=False, _temp_dir=str(self._folder), **self._settings)
+            self._folder.chmod(0o700)  # Ray opens it to everyone
         except BaseException as error:
             self._started.set_exception(error)
         else:
@@ -135,6 +153,8 @@ def _quiet_libraries(verbose: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray on CPU workers
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # else each report to Ray Train waits up to 2 s
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(LOG_BYTES))
+    os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", str(LOG_FILES))
     if not verbose:
         for name in ("ray", "ray.train", "ray.serve", "transformers", "deepspeed", "DeepSpeed", "vllm"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -152,6 +172,24 @@ def _temporary_files_in(folder: Path) -> Iterator[None]:
         os.environ.pop("TMPDIR")
         if before is not None:
             os.environ["TMPDIR"] = before
+
+
+@contextmanager
+def _token_in(path: Path) -> Iterator[None]:
+    """Ray's token authentication, on whatever the environment says, for processes started meanwhile; the token lies
+    where only this user reads it. Ray's own way is a file in the home folder that all can read."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    before = {name: os.environ.pop(name, None) for name in names}
+    path.touch(mode=0o600)
+    path.write_text(_TOKEN)
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    try:
+        yield  # Ray switches itself to tokens where no mode is set, and looks the token up once
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _stop_cluster(before: set[psutil.Process]) -> None:

@@ -21,6 +21,8 @@ RUN_BY = {
     "make quickstart": ".ci/run",
     "make test": ".ci/run",
     "make lint": ".ci/run",
+    "make faults-full": "Makefile",
+    "make faults": ".ci/run",
     ".venv/bin/rayllm serve model=runs/quickstart/ppo/model": ".ci/run",
     ".venv/bin/rayllm chat": ".ci/run",
     ".venv/bin/rayllm sft run_dir=runs/mine": ".ci/run",

@@ -29,6 +29,10 @@ class RolloutConfig(Config):
     max_new_tokens: int = Field(48, ge=1)
     """Most tokens in a response."""
 
+    long_prompts: Literal["drop", "cut", "stop"] = "drop"
+    """What becomes of a prompt behind which max_new_tokens do not fit into the model: `drop` leaves it out and counts
+    it, `cut` keeps its end, `stop` ends the job before anything starts."""
+
     ignore_stop: bool = False
     """Sample max_new_tokens always, through end-of-turn tokens; for benchmarks."""
 

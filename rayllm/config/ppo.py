@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -57,6 +57,11 @@ class PPOConfig(DataJobConfig):
     """Nats a token by which sampler and learner may differ about the same text, on average: in every step, and in the
     proof after every sync. More means other weights, and stops the run. Null: 0.01 where both compute in float32, else
     0.25, for half precision is coarse on improbable tokens."""
+
+    on_alarm: Literal["note", "stop"] = "note"
+    """When the drift from the reference explodes, a step moves the policy too far, or its entropy is gone
+    (rayllm/algorithms/alarms.py): `note` says so on the screen and in events.jsonl, `stop` ends the run after 3 such
+    steps in a row."""
 
     algorithm: AlgorithmConfig = AlgorithmConfig()
     shaping: ShapingConfig = ShapingConfig()

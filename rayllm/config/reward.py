@@ -26,6 +26,9 @@ class SourcesConfig(ActorsConfig):
     """When a source raises, is late, or gives something else than a finite number: `stop` ends the run; `retry` asks
     again, `retries` times, and then ends it; `drop` leaves the response out of the step's loss; `zero` scores 0."""
 
+    max_failed: float = Field(1.0, ge=0, le=1)
+    """Under `drop` and `zero`: share of a step's responses on which the source may fail; more end the run."""
+
     retries: int = Field(2, ge=0)
     """Further tries with growing pauses: under `retry`, and over a network (http, judge) under every policy."""
 

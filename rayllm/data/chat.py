@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from rayllm.data.messages import Message, first_user_turn, messages_of, text_of
 from rayllm.data.rows import Row, RowDropped, RowError
 from rayllm.data.sources import Origins, Paths, Reader
 from rayllm.errors import InputError
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # not `add_generation_prompt`, which every template has
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,25 +45,33 @@ class ChatData:
 
 def check_chat_template(tokenizer: Any, where: Path | str) -> None:
     """Raise InputError unless the template exists and marks the assistant's tokens."""
-    if not tokenizer.chat_template:
-        raise InputError(f"{where}: the tokenizer has no chat template; add chat_template.jinja to the folder")
-    if "generation" not in str(tokenizer.chat_template):
+    _check_has_template(tokenizer, where)
+    if not _MARKS.search(str(tokenizer.chat_template)):
         raise InputError(
             f"{where}: the chat template does not mark the assistant's tokens; wrap them in "
             "{% generation %} ... {% endgeneration %} so that the loss falls on them only"
         )
 
 
+def _check_has_template(tokenizer: Any, where: Path | str) -> None:
+    if not tokenizer.chat_template:
+        raise InputError(f"{where}: the tokenizer has no chat template; add chat_template.jinja to the folder")
+
+
 def prompt_token_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     """The conversation so far, ready for the assistant's turn.
 
     Raises:
-        RowError: the chat template refuses the conversation.
+        RowError: the chat template refuses the conversation, or makes nothing of it.
+        InputError: there is no template.
     """
+    _check_has_template(tokenizer, tokenizer.name_or_path)
     try:
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    except TemplateError as error:
+    except (TemplateError, OverflowError) as error:  # the sandbox's word for a loop without end
         raise RowError("prompt", f"the chat template refuses it: {error}") from None
+    if not encoded["input_ids"]:
+        raise RowError("prompt", "the chat template makes nothing of it")
     return list(encoded["input_ids"])
 
 
@@ -81,8 +92,7 @@ class TurnFrame:
     _SAID: ClassVar[list[Message]] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 
     def __init__(self, tokenizer: Any, where: Path | str) -> None:
-        if not tokenizer.chat_template:
-            raise InputError(f"{where}: the tokenizer has no chat template; add chat_template.jinja to the folder")
+        _check_has_template(tokenizer, where)
         self._tokenizer = tokenizer
         self._where = where
         self.end_of_turn = int(tokenizer.eos_token_id)
@@ -117,7 +127,9 @@ def encode_conversation(tokenizer: Any, messages: list[Message]) -> ChatExample:
 
     Raises:
         RowError: the chat template refuses the conversation, such as two turns of the user in a row.
+        InputError: there is no template, or it does not mark what the assistant says.
     """
+    check_chat_template(tokenizer, tokenizer.name_or_path)
     try:
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     except TemplateError as error:

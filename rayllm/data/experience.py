@@ -10,7 +10,7 @@ predecessor, so it is always outside ``action_mask``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -123,3 +123,22 @@ def without_dropped(
         return shard, rewards, baselines
     shard = shard.replace(action_mask=shard.action_mask & kept[:, None])
     return shard, rewards.where(kept, 0.0), None if baselines is None else baselines.where(kept, 0.0)
+
+
+def check_finite(shard: Experience, numbers: Mapping[str, torch.Tensor | None]) -> None:
+    """Raise RuntimeError when a number of an action token is NaN or infinite.
+
+    Args:
+        shard: says where actions are, and of which prompts.
+        numbers: what they are -> (B, T); None: there are none.
+    """
+    for name, values in numbers.items():
+        if values is None:
+            continue
+        bad = (shard.action_mask & ~values.isfinite()).any(1)
+        if bad.any():
+            prompts = sorted(set(shard.prompt_ids[bad].tolist()))
+            raise RuntimeError(
+                f"{name} are not finite for {int(bad.sum())} of {len(shard)} responses, of the prompts {prompts}: "
+                "nothing was learned from them"
+            )

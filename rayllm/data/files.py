@@ -126,10 +126,10 @@ def read_texts(path: Path, bad: BadRows) -> Iterator[str]:
 
 
 def write_parquet(rows: Sequence[Row], path: Path) -> None:
-    """Write ``rows`` aside and rename, so that a reader never sees half a file."""
+    """Write ``rows`` aside and rename, so that a reader never sees half a file; with a checksum for every page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    pq.write_table(pa.Table.from_pylist(list(rows)), partial)
+    pq.write_table(pa.Table.from_pylist(list(rows)), partial, write_page_checksum=True)
     partial.replace(path)
 
 
@@ -150,7 +150,7 @@ def _kind(path: Path) -> str | None:
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)  # where the writer made checksums
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from rayllm.data.messages import Message, first_user_turn
 from rayllm.data.rows import Row, RowDropped, RowError
 from rayllm.data.sources import PROMPT_TRAINED, Origins, Paths, Reader, kept, shown_paths
 from rayllm.errors import InputError
+
+LongPrompts = Literal["drop", "cut", "stop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ def read_prompts(
     tokenizer: Any,
     *,
     max_prompt_tokens: int,
+    long_prompts: LongPrompts = "drop",
     limit: int | None = None,
     max_bad_rows: int = 0,
     seed: int = 0,
@@ -65,12 +68,14 @@ def read_prompts(
     """Read prompts: text or messages, encoded with the chat template, or token ids, taken as they are.
 
     Other columns are kept: reward functions and judges may need them. Prompts over ``max_prompt_tokens`` are
-    dropped and counted.
+    counted. A prompt that stands there several times is counted too, and stays that often: each has its
+    own id, and what belongs together is told by ids.
 
     Args:
         paths: one source, or several with weights.
         tokenizer: with a chat template.
         max_prompt_tokens: longest prompt.
+        long_prompts: whether longer ones are left out, lose their beginning or are bad rows.
         limit: stop after so many prompts.
         max_bad_rows: bad rows that are passed over.
         seed: of which rows of a source with a fractional weight are used.
@@ -78,17 +83,24 @@ def read_prompts(
     Raises:
         InputError: more malformed rows than ``max_bad_rows``, an unknown token id among them, or no prompt left.
     """
-    vocab_size = len(tokenizer)
+    if max_prompt_tokens < 1:
+        raise InputError("rollout.max_new_tokens: leaves no room for a prompt; set it below what the model takes")
+    vocab_size, num_cut = len(tokenizer), 0
 
     def encode(row: Row) -> tuple[Row, list[int]]:
+        nonlocal num_cut
         prompt = row["prompt"]
         given = not isinstance(prompt, str) and isinstance(prompt[0], int)
         ids = list(prompt) if given else prompt_token_ids(tokenizer, prompt_messages(prompt))
         if max(ids, default=0) >= vocab_size:
             raise RowError("prompt", f"has token {max(ids)}, outside the tokenizer's vocabulary of {vocab_size}")
         if len(ids) > max_prompt_tokens:
-            raise RowDropped(f"longer than {max_prompt_tokens} tokens")
-        return row, ids
+            if long_prompts == "stop":
+                raise RowError("prompt", f"has {len(ids)} tokens, {max_prompt_tokens} fit; see rollout.long_prompts")
+            if long_prompts == "drop":
+                raise RowDropped(f"longer than {max_prompt_tokens} tokens")
+            num_cut += 1
+        return row, ids[-max_prompt_tokens:]
 
     reader = Reader(paths, "prompt", max_bad_rows=max_bad_rows)
     origins = Origins(tuple(source.weight for source in reader.sources))
@@ -102,7 +114,9 @@ def read_prompts(
         raise InputError(f"{shown_paths(paths)}: no prompt of at most {max_prompt_tokens} tokens")
     found = kept(found, origins.mix(range(len(found)), seed=seed))
     rows, token_ids = [row for row, _ in found], [ids for _, ids in found]
-    return PromptData(rows, token_ids, dict(reader.dropped), reader.facts())
+    again = len(token_ids) - len({tuple(ids) for ids in token_ids})
+    facts = reader.facts() | {name: n for name, n in (("duplicates", again), ("cut", num_cut)) if n}
+    return PromptData(rows, token_ids, dict(reader.dropped), facts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,8 +51,9 @@ class SourceStats:
 @dataclass(frozen=True, slots=True)
 class ShardStats:
     sources: dict[str, SourceStats]
+    num_responses: int
     num_kept: int
-    """Responses that no source dropped."""
+    """Those that no source dropped."""
 
 
 Mix = Mapping[str, tuple[float, float, float]]
@@ -120,7 +121,7 @@ def stats(scores: Sequence[Scores]) -> ShardStats:
         moments = RunningMoments().update(part.values[part.values.isfinite()])
         found[part.source] = SourceStats(moments, part.num_failures, part.problem)
     kept = joined(scores, scores[0].sample_ids).isfinite().all(1)
-    return ShardStats(found, int(kept.sum()))
+    return ShardStats(found, len(kept), int(kept.sum()))
 
 
 def teaches(

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from rayllm import faults
 from rayllm.checkpoints import CheckpointError, Files
 from rayllm.config.common import LearnerConfig, OptimizerConfig
 from rayllm.models.loading import DTYPES
@@ -64,8 +65,13 @@ class UpdateStats:
     """The loss or a gradient was not finite on some rank: no rank changed weights or optimizer state."""
 
 
-def init_distributed(backend: str) -> None:
-    """Let DeepSpeed use the process group of this process (made from RANK, WORLD_SIZE, MASTER_* if there is none).
+class TooManySkipped(RuntimeError):
+    """More optimizer steps in a row than allowed were skipped."""
+
+
+def init_distributed(backend: str, store: dist.Store | None = None) -> None:
+    """Let DeepSpeed use the process group of this process; if there is none it is made from RANK and WORLD_SIZE, where
+    the ``store`` is or, without one, at MASTER_ADDR and MASTER_PORT.
 
     On CPU, DeepSpeed would compile a shared-memory kernel here (a minute, and every later start hangs if that
     compilation is killed); it serves inference only, so it is switched off.
@@ -76,6 +82,9 @@ def init_distributed(backend: str) -> None:
 
     if backend == "gloo":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if store is not None and not dist.is_initialized():
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
@@ -128,7 +137,7 @@ class Engine:
         as they are to the bit.
 
         Raises:
-            RuntimeError: more than ``learner.max_skipped_steps`` steps in a row were skipped.
+            TooManySkipped: more than ``learner.max_skipped_steps`` steps in a row were.
         """
         self._engine.train()
         torch.manual_seed((self._updates << 16) + self.rank)  # of dropout: a resumed run draws what another would
@@ -137,7 +146,7 @@ class Engine:
         total, poison = 0.0, 1.0
         for index, micro_batch in enumerate(micro_batches):
             self._engine.set_gradient_accumulation_boundary(index == last)
-            loss = loss_fn(micro_batch)
+            loss = faults.reach("engine.loss", loss_fn(micro_batch), rank=self.rank)
             total += loss.item()
             if index == last and not math.isfinite(self.sum_over_ranks(total)):
                 poison = math.nan  # a loss that is not finite can have finite gradients
@@ -150,7 +159,7 @@ class Engine:
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row > self._learner.max_skipped_steps:
             found = f"the loss is {total}" if math.isnan(poison) else f"the gradient norm is {grad_norm}"
-            raise RuntimeError(
+            raise TooManySkipped(
                 f"{found} on rank {self.rank}: {self._skipped_in_a_row} optimizer steps in a row were skipped "
                 f"(learner.max_skipped_steps={self._learner.max_skipped_steps}); lower optimizer.learning_rate, "
                 "or look for the batch that does it"

@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face format: create, check, load, save. Safetensors only, no remote code."""
+"""Model folders in Hugging Face format: create, check, load, save. Safetensors only, no code of a model's own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from rayllm.errors import InputError
 
 if TYPE_CHECKING:  # imported where it is used: seconds that a process without a model does not pay
     from transformers import PreTrainedModel
+
+TRUST: dict[str, Any] = {"trust_remote_code": False}
+"""For everything that is loaded: transformers' own default asks at a terminal."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -69,6 +72,15 @@ def check_model_dir(path: Path, *, key: str) -> None:
         other = sorted(f.name for f in path.glob("*.bin")) + sorted(f.name for f in path.glob("*.pt"))
         hint = f" (found {other[0]}; convert it with save_pretrained, pickled weights are not read)" if other else ""
         raise InputError(f"{key}: {path} has no *.safetensors weights{hint}")
+    config = json.loads((path / "config.json").read_text())
+    if "auto_map" in config and not _known_to_transformers(config.get("model_type")):
+        raise InputError(f"{key}: {path} is a model of its own code ({config['auto_map']}), which is not run")
+
+
+def _known_to_transformers(model_type: Any) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
 
 
 def check_tokenizer_dir(path: Path, *, key: str) -> None:
@@ -80,8 +92,12 @@ def check_tokenizer_dir(path: Path, *, key: str) -> None:
 def load_tokenizer(path: Path | str) -> Any:
     """The tokenizer of a model folder.
 
+    One without a padding token gets another special token for it, the end of sequence only where there is no other:
+    here masks alone tell what is padding, but whoever trains the model elsewhere may go by the token.
+
     Raises:
-        InputError: it has no end-of-sequence token, so no model could learn to stop.
+        InputError: it has no end-of-sequence token, so no model could learn to stop; or tokens that the model in the
+            same folder has no embedding for.
     """
     settings = Path(path) / "tokenizer_config.json"
     if settings.is_file() and json.loads(settings.read_text()).get("tokenizer_class") == "TokenizersBackend":
@@ -91,19 +107,60 @@ def load_tokenizer(path: Path | str) -> Any:
     else:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), **TRUST)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no eos_token; set one in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = _other_special_token(tokenizer)
+    known, largest = _embedded_tokens(Path(path)), max(tokenizer.get_vocab().values())
+    if known is not None and largest >= known:
+        raise InputError(
+            f"{path}: the tokenizer has token {largest}, the model has embeddings for {known}: they are not of one "
+            "model; copy both from the same place"
+        )
     return tokenizer
+
+
+def _embedded_tokens(path: Path) -> int | None:
+    """Rows of the embedding as the model's config.json says, without transformers' import; None in a tokenizer's
+    folder."""
+    if not (path / "config.json").is_file():
+        return None
+    config = json.loads((path / "config.json").read_text())
+    found = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return None if found is None else int(found)
+
+
+def _other_special_token(tokenizer: Any) -> str:
+    """To pad with: <|endoftext|> or any special token that does not end a sequence."""
+    known, end = tokenizer.get_vocab(), tokenizer.eos_token
+    candidates = [tokenizer.unk_token, "<|endoftext|>", *tokenizer.all_special_tokens]
+    return next((token for token in candidates if token in known and token != end), end)
+
+
+def check_same_tokens(model: Path, other: Path, *, key: str) -> None:
+    """Raise InputError unless another model reads the tokens that the model samples as the same text. One that comes
+    without a tokenizer is taken at its word.
+
+    Args:
+        model: whose tokens they are.
+        other: a reward model, or a model to start a critic from.
+        key: the config key that named it.
+    """
+    if not (other / "tokenizer.json").is_file():
+        return
+    if load_tokenizer(model).get_vocab() != load_tokenizer(other).get_vocab():
+        raise InputError(
+            f"{key}: {other} has another tokenizer than model={model}; it scores the tokens as sampled, so train it "
+            "from a model with the same tokenizer"
+        )
 
 
 def load_causal_lm(path: Path | str, *, dtype: str = "float32") -> PreTrainedModel:
     """A decoder from a local folder or the hub, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=DTYPES[dtype], use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=DTYPES[dtype], use_safetensors=True, **TRUST)
     return model.eval()
 
 
@@ -120,16 +177,14 @@ def load_sequence_classifier(
     own = num_labels is None and is_sequence_classifier(Path(path))
     labels = {} if own else {"num_labels": num_labels or 1, "ignore_mismatched_sizes": True}
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(path), dtype=DTYPES[dtype], use_safetensors=True, **labels
+        str(path), dtype=DTYPES[dtype], use_safetensors=True, **TRUST, **labels
     )
     return model.eval()
 
 
 def is_sequence_classifier(path: Path) -> bool:
     """Whether a model folder has a score head: a reward model or a critic."""
-    from transformers import AutoConfig
-
-    architectures = AutoConfig.from_pretrained(str(path)).architectures or []
+    architectures = model_config(path).architectures or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
@@ -168,13 +223,16 @@ def count_stored_parameters(path: Path) -> int:
 
 def vocabulary_size(path: Path) -> int:
     """Rows of the model's embedding."""
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(str(path)).vocab_size)
+    return int(model_config(path).get_text_config().vocab_size)
 
 
 def max_positions(path: Path) -> int:
     """Longest sequence that the model takes, in tokens."""
+    return int(model_config(path).max_position_embeddings)
+
+
+def model_config(path: Path | str) -> Any:
+    """Transformers' config of a model folder."""
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(str(path)).max_position_embeddings)
+    return AutoConfig.from_pretrained(str(path), **TRUST)

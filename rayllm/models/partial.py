@@ -20,6 +20,7 @@ from torch import nn
 from rayllm.config.common import LearnerConfig, LoraConfig
 from rayllm.errors import InputError
 from rayllm.models.heads import ScalarModel
+from rayllm.models.loading import model_config
 
 ADAPTER = "default"
 """Peft's name for the only adapter."""
@@ -58,9 +59,9 @@ def plan_trained(
     """
     if learner.trainable_layers is None and learner.lora.rank is None:
         return None
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(str(path))
+    config = model_config(path)
     with torch.device("meta"):
         model: nn.Module
         if scalar:

@@ -25,6 +25,13 @@ from rayllm.report.run import Run
 Tokens = Sequence[int] | np.ndarray
 """Token ids, or one flag a token."""
 
+_CONTROL = {
+    code: None
+    for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    if chr(code) not in "\n\t"
+}
+"""Characters that move the cursor, recolour the screen or turn the direction of what follows."""
+
 PLAIN_INTERVAL = 10.0
 """Least seconds between two plain lines."""
 
@@ -54,7 +61,7 @@ def print_preamble(
     for parent in run.record["parents"]:
         table.add_row(parent["role"], f"{escape(shown_path(parent['path']))} [dim]{parent['id'][:12]}[/dim]")
     for data in run.record["data"]:
-        table.add_row(data["name"], escape(_data_line(data)))
+        table.add_row(data["name"], escape(printable(_data_line(data))))
     for key, change in run.record["changed"].items():
         if key in ("run_dir", "overwrite") or any(f"{name}.".startswith(f"{key}.") for name in run.inputs):
             continue
@@ -91,6 +98,12 @@ def print_where(console: Console, run: Run, rows: Sequence[Any]) -> None:
     console.print(table, highlight=False)
 
 
+def printable(text: str) -> str:
+    """``text`` without control characters other than newline and tab, and without half characters: whatever a model or
+    a file says, it cannot move the cursor or dress up as another line."""
+    return text.encode(errors="replace").decode().translate(_CONTROL)
+
+
 def shown_path(path: Path | str) -> str:
     """Relative to the current folder when it lies below it."""
     path = Path(path)
@@ -106,6 +119,9 @@ def _data_line(data: Mapping[str, Any]) -> str:
     parts = [f"read as {data['format']}, {data['read']:,} rows; kept"] if data.get("format") else []
     counted = ("rows", "tokens", "pairs", "heldout_rows")
     parts = [*parts, ", ".join(f"{data[name]:,} {name.replace('_', ' ')}" for name in counted if name in data)]
+    for name, what in (("duplicates", "of them again"), ("cut", "of them cut")):
+        if data.get(name):
+            parts[-1] += f" ({data[name]:,} {what})"
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in (data.get("dropped") or {}).items())
     end = f"dropped: {dropped}" if dropped else "none dropped"
     if data.get("bad_rows"):
@@ -116,7 +132,7 @@ def _data_line(data: Mapping[str, Any]) -> str:
 def _example_text(pieces: Sequence[tuple[str, bool]], *, plain: bool) -> Text:
     text = Text()
     for piece, trained in pieces:
-        shown = piece.replace("\n", "⏎")
+        shown = printable(piece.replace("\n", "⏎"))
         if plain:
             text.append(f"[[{shown}]]" if trained else shown)
         else:

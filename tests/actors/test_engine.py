@@ -73,6 +73,7 @@ STAGES = [(stage, dtype) for stage in range(4) for dtype in ("float32", "bfloat1
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.scorecard("R51")
 def test_a_step_that_is_not_finite_changes_no_bit_on_any_rank(ranks, bad):
     def skip(rank, bad):
         def loss_fn(kind):

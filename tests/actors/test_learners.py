@@ -219,6 +219,7 @@ def test_a_part_of_the_shards_is_refused(tmp_path, tiny_model_dir, reward_model_
         PolicyActor(rank=0, world_size=1, config=config).joined(shards(1))
 
 
+@pytest.mark.scorecard("R56", partly=True)
 def test_a_checkpoint_continues_exactly(local_ray, tmp_path, tiny_model_dir, reward_model_dir):
     config = make_config(tmp_path, tiny_model_dir, reward_model_dir)
     first = Learners(config)
@@ -307,6 +308,7 @@ def experience_of(tmp_path, model, reward_model, *overrides):
 
 @pytest.mark.parametrize("advantage", ["gae", "grpo", "reinforce_pp", "remax"])
 @pytest.mark.parametrize("normalize", ["none", "group"])
+@pytest.mark.scorecard("R50")
 def test_a_dropped_response_is_as_if_it_had_not_been_sampled(
     tmp_path, tiny_model_dir, reward_model_dir, advantage, normalize
 ):

@@ -11,7 +11,7 @@ import torch
 
 from actors.reward_child import load_reward_function
 from actors.reward_source import SourceActor
-from jobs.ppo_rewards import RewardScales, check_any_left, step_metrics
+from jobs.ppo_rewards import RewardScales, check_failures, step_metrics
 from rayllm.config.reward import EnvironmentSource, FunctionSource, RewardConfig, VerifierSource
 from rayllm.data.rollout import Rollout, SampledTurn, collate
 from rayllm.data.scores import mixed, sample_ids_of
@@ -116,6 +116,7 @@ def test_what_the_turns_earned_comes_on_top(make, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.scorecard("R11", "R20", "R50")
 def test_a_bad_function_stops_the_run_with_its_name_and_what_it_did(make, shard, name):
     actor = make(function(name, timeout_s=1))
     with pytest.raises(RewardError, match=rf"reward source mine \(function=.*:{name}\) {BAD[name]}.*; on_failure=stop"):
@@ -124,6 +125,7 @@ def test_a_bad_function_stops_the_run_with_its_name_and_what_it_did(make, shard,
 
 @pytest.mark.parametrize("name", ["raises", "sleeps", "never_gives_the_interpreter_back", "exits"])
 @pytest.mark.parametrize(("policy", "value"), [("drop", torch.nan), ("zero", 0.0)])
+@pytest.mark.scorecard("R11", "R20")
 def test_a_failed_call_is_dropped_or_zero_and_told(make, shard, name, policy, value):
     actor = make(function(name, timeout_s=1, on_failure=policy))
     found = scores(actor, shard)
@@ -131,12 +133,14 @@ def test_a_failed_call_is_dropped_or_zero_and_told(make, shard, name, policy, va
     assert found.num_failures == 3 and BAD[name].split(r" \(")[0] in found.problem
 
 
+@pytest.mark.scorecard("R50")
 def test_one_bad_value_is_dropped_alone(make, shard):
     found = scores(make(function("nan_for_the_second", on_failure="drop")), shard)
     torch.testing.assert_close(found.values, torch.tensor([1.0, torch.nan, 3.0]), equal_nan=True)
     assert found.num_failures == 1 and scores(make(function("nan_for_the_second", on_failure="zero")), shard).values[1] == 0
 
 
+@pytest.mark.scorecard("R11")
 def test_retry_asks_again_and_then_stops(make, shard, tmp_path):
     rows = [{"path": str(tmp_path / "once")}] * 2
     assert scores(make(function("fails_once", on_failure="retry"), rows), shard).values.tolist() == [7.0] * 3
@@ -144,6 +148,7 @@ def test_retry_asks_again_and_then_stops(make, shard, tmp_path):
         scores(make(function("raises", on_failure="retry", retries=1)), shard)
 
 
+@pytest.mark.scorecard("R20")
 def test_a_source_that_hangs_does_not_hold_up_the_others(make, shard):
     """Nor itself: the call after it goes to a new process."""
     hangs, works = make(function("sleeps", timeout_s=2, on_failure="drop")), make("by_id")
@@ -160,6 +165,7 @@ def test_a_source_that_hangs_does_not_hold_up_the_others(make, shard):
     assert first.num_failures == second.num_failures == 3
 
 
+@pytest.mark.scorecard("R11")
 def test_a_child_ends_with_its_actor(tmp_path):
     import subprocess
     import sys
@@ -198,6 +204,7 @@ def test_verifiers_read_the_rows_column(make, shard):
     assert scores(make(longest), shard).values.tolist() == (counts < counts.max()).float().tolist()
 
 
+@pytest.mark.scorecard("S16", "S17")
 def test_programs_that_mean_harm_get_nothing_and_the_others_their_reward(make, tiny_tokenizer):
     try:
         check_sandbox()
@@ -245,6 +252,7 @@ def test_running_moments_follow_a_source_and_survive_a_checkpoint(make, shard):
     assert other.mix()["b"] == (0.0, 1.0, 0.5) and other.mix(running=False)["a"] == (0.0, 1.0, 1.0)
 
 
+@pytest.mark.scorecard("R50")
 def test_every_source_is_logged_by_itself_and_a_step_without_responses_stops(make, shard):
     sources = make(function("raises", on_failure="drop")), make("by_id")
     dropped, fine = SourceActor.stats(*(scores(source, shard) for source in sources))
@@ -253,9 +261,13 @@ def test_every_source_is_logged_by_itself_and_a_step_without_responses_stops(mak
         "reward/mine/mean": pytest.approx(4 / 3), "reward/mine/std": pytest.approx((2 / 9) ** 0.5),
         "reward/mine/failures": 3.0,
     }  # fmt: skip
-    check_any_left([fine, dropped])
+    any_number = {"mine": function("raises", on_failure="drop")}
+    check_failures([fine, dropped], any_number)
+    few = {"mine": function("raises", on_failure="drop", max_failed=0.4)}
+    with pytest.raises(RewardError, match=r"mine failed on 3 of the step's 6 responses, more than max_failed=0.4 of them: .*KeyError"):
+        check_failures([fine, dropped], few)
     with pytest.raises(RewardError, match="no response of the step is left to learn from: reward source mine .*KeyError"):
-        check_any_left([dropped, dropped])
+        check_failures([dropped, dropped], any_number)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def test_rewards_come_in_batches_and_are_joined_by_id(tiny_model_dir, shard, ser
     assert server.keys == [f"Bearer {KEY}"] * 3
 
 
+@pytest.mark.scorecard("R21")
 def test_a_server_that_is_busy_is_asked_again(tiny_model_dir, shard, serve):
     calls = []
 
@@ -117,6 +118,7 @@ def test_a_server_that_is_busy_is_asked_again(tiny_model_dir, shard, serve):
     assert found.num_failures == 0 and len(calls) == 3
 
 
+@pytest.mark.scorecard("R21")
 def test_a_batch_that_fails_takes_no_other_with_it(tiny_model_dir, shard, serve):
     def one_bad(path, body):
         return (500, "oh") if any(s["id"] == "1/1" for s in body["samples"]) else lengths(path, body)
@@ -137,12 +139,14 @@ def test_a_batch_that_fails_takes_no_other_with_it(tiny_model_dir, shard, serve)
         ((302, ""), "answered HTTP 302"),
     ],
 )
+@pytest.mark.scorecard("R21")
 def test_what_is_no_answer_stops_with_a_message(tiny_model_dir, shard, serve, answer, message):
     url = serve(lambda path, body: answer).url
     with pytest.raises(RewardError, match=rf"reward source far \(url={url}\) {message}"):
         scores(tiny_model_dir, HttpSource(url=url, retries=1), shard)
 
 
+@pytest.mark.scorecard("R21")
 def test_nobody_there_is_said(tiny_model_dir, shard, serve):
     server = serve(lengths)
     server.shutdown()
@@ -151,6 +155,7 @@ def test_nobody_there_is_said(tiny_model_dir, shard, serve):
         scores(tiny_model_dir, HttpSource(url=server.url, retries=0), shard)
 
 
+@pytest.mark.scorecard("R21")
 def test_a_server_that_hangs_is_cut_off_and_what_was_done_counts(tiny_model_dir, shard, serve):
     def slow_for_one(path, body):
         if body["samples"][0]["id"] == "0/1":
@@ -162,6 +167,7 @@ def test_a_server_that_hangs_is_cut_off_and_what_was_done_counts(tiny_model_dir,
     assert found.values.tolist() == [6.0, 4.0, 0.0, 6.0, 7.0] and "did not answer within timeout_s=2" in found.problem
 
 
+@pytest.mark.scorecard("S19")
 def test_a_key_that_is_not_there_is_missed_before_anything_is_sent(tiny_model_dir, shard, monkeypatch):
     monkeypatch.delenv("REWARD_KEY", raising=False)
     with pytest.raises(InputError, match="environment variable REWARD_KEY is not set"):

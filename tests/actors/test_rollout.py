@@ -297,6 +297,7 @@ def test_tokens_do_not_depend_on_order_batch_or_actor(local_ray, actor, mortal, 
     assert tokens_by_sample(generate(local_ray, actor, prompts, num_samples=3, step=2)) != expected
 
 
+@pytest.mark.scorecard("R43", tier="full")
 def test_a_prompt_id_that_stands_twice_is_sampled_twice(local_ray, actor, prompts):
     first, second = generate(local_ray, actor, [prompts[0], prompts[0]], num_samples=1)
     assert first.token_ids != second.token_ids
@@ -457,6 +458,7 @@ def test_weights_come_through_a_group_bucket_by_bucket(local_ray, actor, sender,
         assert {v for r in rollouts for v in r.policy_versions} == {version}
 
 
+@pytest.mark.scorecard("R05", tier="full", partly=True)
 def test_a_sync_proves_which_weights_serve(local_ray, actor, models, bundles, prompts):
     ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
     proof = {"probe": text, "tolerance": TOLERANCE}
@@ -514,6 +516,7 @@ def test_with_ignore_stop_nothing_but_the_length_ends_a_response(local_ray, acto
     assert logprob_differences(models[0], rollouts, temperature=1.0).max() < TOLERANCE
 
 
+@pytest.mark.scorecard("R41", tier="full")
 def test_what_does_not_fit_is_refused_before_anything_is_sampled(local_ray, actor, prompts):
     expected = generate(local_ray, actor, prompts)
     for bad, message in {
@@ -616,6 +619,7 @@ def test_a_cancelled_call_leaves_nothing_in_the_engine(local_ray, mortal, prompt
     assert len(generate(local_ray, mortal, prompts)) == 8
 
 
+@pytest.mark.scorecard("R17", tier="full", partly=True)
 def test_what_is_not_done_in_time_is_given_up_and_the_actor_serves_on(local_ray, actor, prompts):
     sampling = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 400, "step": 1}
     with pytest.raises(TimeoutError, match=r"8 responses were not done within rollout.timeout_s=0.05 seconds"):

@@ -110,6 +110,7 @@ def test_labels_are_labels_of_ray(name):
 
 
 @pytest.mark.parametrize("name", [*CLOUDS, "on-premise"])
+@pytest.mark.scorecard("S07")
 def test_the_token_is_on_and_the_dashboard_is_not_open(name):
     config = load(f"{name}.yaml")
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}

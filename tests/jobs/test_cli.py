@@ -54,6 +54,7 @@ def test_wrong_input_is_one_line_and_status_2(capsys, arguments, message):
     assert message in " ".join(text.split())
 
 
+@pytest.mark.scorecard("R39")
 def test_bad_data_is_named_and_nothing_is_trained(capsys, tmp_path, tiny_model_dir):
     data = tmp_path / "d.jsonl"
     data.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n" + json.dumps({"prompt": "a"}) + "\n")
@@ -62,6 +63,7 @@ def test_bad_data_is_named_and_nothing_is_trained(capsys, tmp_path, tiny_model_d
     assert not (tmp_path / "run/model").exists()
 
 
+@pytest.mark.scorecard("R63")
 def test_too_small_a_cluster_fails_at_once_with_need_against_have(local_ray, capsys, tmp_path, tiny_model_dir):
     prompts = tmp_path / "p.jsonl"
     row = {"prompt": [{"role": "user", "content": "hi"}], "kind": "chat", "family": "chat", "entity": "greeting"}

@@ -139,6 +139,7 @@ def test_a_job_runs_on_a_cluster_and_returns_its_status(cluster, tiny_run, tmp_p
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, "does not know this token"),
     ],
 )
+@pytest.mark.scorecard("S07", tier="full")
 def test_without_the_token_a_job_is_refused(cluster, tiny_run, tmp_path, changes, advice):
     env = {name: value for name, value in {**cluster.env, **changes}.items() if value}
     done = rayllm(*tokenizer_arguments(tiny_run, tmp_path / "run"), "--address", cluster.dashboard, env=env)
@@ -147,6 +148,7 @@ def test_without_the_token_a_job_is_refused(cluster, tiny_run, tmp_path, changes
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.scorecard("S07", "R62", tier="full")
 def test_a_driver_is_refused_without_the_token(cluster, tiny_run, tmp_path):
     source, _ = tiny_run
     env = cluster.env | {"RAY_ADDRESS": cluster.gcs, "RAY_AUTH_TOKEN": "0" * 64}
@@ -154,6 +156,7 @@ def test_a_driver_is_refused_without_the_token(cluster, tiny_run, tmp_path):
     assert done.returncode == 2 and "export RAY_AUTH_MODE=token" in " ".join(done.stdout.split()), done.stdout
 
 
+@pytest.mark.scorecard("S07", tier="full")
 def test_the_docs_way_to_a_token(cluster, tmp_path):
     env = environment(tmp_path / "home") | {"RAY_AUTH_MODE": "token"}
     path = tmp_path / "home/.ray/auth_token"
@@ -188,6 +191,7 @@ def follow(cluster: Cluster, *arguments: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
+@pytest.mark.scorecard("R63", tier="full")
 def test_a_job_that_waits_says_for_what_and_ctrl_c_ends_it(cluster, tiny_run, tmp_path):
     source, _ = tiny_run
     arguments = ["sft", "--config", str(source / "sft/config.yaml"), f"run_dir={tmp_path / 'run'}"]

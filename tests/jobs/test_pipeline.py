@@ -83,6 +83,7 @@ def test_training_moves_the_weights(tiny_run):
     assert any((before[name] != after[name]).any() for name in before)
 
 
+@pytest.mark.scorecard("R59", tier="full", partly=True)
 def test_metrics_have_no_gap_and_no_duplicate(tiny_run):
     run_dir, _ = tiny_run
     steps = [event["step"] for event in events(run_dir / "ppo")]
@@ -145,6 +146,7 @@ def ppo_arguments(tiny_run, run_dir: Path, *overrides: str) -> list[str]:
     return ["ppo", "--config", str(source / "ppo/config.yaml"), f"run_dir={run_dir}", *overrides]
 
 
+@pytest.mark.scorecard("R57", tier="full", partly=True)
 def test_two_ranks_and_two_engines_learn_the_same(tiny_run, tmp_path):
     source, _ = tiny_run
     overrides = ["policy.num_actors=2", "critic.num_actors=2", "rollout.num_actors=2", "rollout.cpus_per_actor=0.2",
@@ -194,6 +196,7 @@ def reached(folder: Path) -> int:
     return found[0] if found else 0
 
 
+@pytest.mark.scorecard("R12", "R56", "R59", tier="full")
 def test_a_ppo_run_that_is_stopped_and_then_killed_ends_the_same(tiny_run, tmp_path):
     source, _ = tiny_run
     run_dir = tmp_path / "run"
@@ -225,6 +228,7 @@ def reached_more(folder: Path, step: int) -> bool:
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.scorecard("R68", tier="full")
 def test_stopping_a_training_job_leaves_nothing_and_the_next_run_continues(tiny_run, tmp_path, signum, status):
     source, _ = tiny_run
     run_dir = tmp_path / "run"
@@ -252,6 +256,7 @@ def test_stopping_a_training_job_leaves_nothing_and_the_next_run_continues(tiny_
         assert steps == sorted(set(steps))
 
 
+@pytest.mark.scorecard("R51", tier="full")
 def test_a_failing_worker_is_one_clear_line_and_status_1(tiny_run, tmp_path):
     source, _ = tiny_run
     overrides = [f"run_dir={tmp_path / 'run'}", "optimizer.learning_rate=1e30", "workers.max_failures=0"]

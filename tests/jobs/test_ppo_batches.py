@@ -107,6 +107,7 @@ def test_prompts_come_in_order_and_no_older_than_the_bound(make, lag):
 
 
 @pytest.mark.parametrize("cut_tail", ["false", "true"])
+@pytest.mark.scorecard("R60")
 def test_every_prompt_is_trained_on_once_whatever_happens(make, cut_tail):
     """Shards with a slow prompt are carried over, a run is cut off and continued: nothing is lost, nothing twice."""
     settings = ("max_policy_lag=2", f"rollout.cut_tail={cut_tail}")
@@ -121,6 +122,7 @@ def test_every_prompt_is_trained_on_once_whatever_happens(make, cut_tail):
     assert overtook == (cut_tail == "true")
 
 
+@pytest.mark.scorecard("R19", partly=True)
 def test_work_goes_to_the_actor_with_the_fewest_tokens_before_it(make):
     roles = make().roles
     order = PromptStream(NUM_PROMPTS, seed=0)
@@ -132,6 +134,7 @@ def test_work_goes_to_the_actor_with_the_fewest_tokens_before_it(make):
     assert [shard["rank"] for shard in found] == [1, 0, 1, 1]
 
 
+@pytest.mark.scorecard("R19", partly=True)
 def test_the_actor_that_is_done_first_gets_the_next_prompts(make):
     prompts = [(index, [1]) for index in range(2_000)]
     done: list[int] = []

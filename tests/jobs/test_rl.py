@@ -62,6 +62,7 @@ def test_an_environment_teaches_without_a_file_of_prompts(tiny_run, tmp_path, ad
     assert len(events(tmp_path)) == 3 and (tmp_path / "critic/model.safetensors").is_file()
 
 
+@pytest.mark.scorecard("R50", tier="full")
 def test_several_sources_score_one_run_and_one_that_fails_takes_none_with_it(tiny_run, tmp_path):
     source, _ = tiny_run
     rewards = "tests.actors.reward_functions"
@@ -90,6 +91,7 @@ def test_several_sources_score_one_run_and_one_that_fails_takes_none_with_it(tin
     assert "reward source flaky (function=tests.actors.reward_functions:nan_for_every_third) returned nan" in notes
 
 
+@pytest.mark.scorecard("R21", tier="full")
 def test_a_source_that_is_down_stops_the_run_with_its_message(tiny_run, tmp_path):
     source, _ = tiny_run
     done = rayllm(

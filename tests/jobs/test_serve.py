@@ -223,11 +223,13 @@ def test_a_served_model_is_asked_as_a_judge(server, greedy, tiny_model_dir, monk
     assert failed.reason.startswith(f"answered {text[:120]!r}, where pattern=")
 
 
+@pytest.mark.scorecard("R72", tier="full", partly=True)
 def test_unknown_model_is_404(server):
     with pytest.raises(openai.NotFoundError, match="nope"):
         server.client.chat.completions.create(model="nope", messages=_user("Hello"))
 
 
+@pytest.mark.scorecard("S09", tier="full")
 def test_everything_but_health_wants_the_key(server):
     root = server.url.removesuffix("/v1")
     assert httpx2.get(f"{root}/health").status_code == 200
@@ -241,6 +243,7 @@ def test_everything_but_health_wants_the_key(server):
     assert not any(KEY in line for line in argv)
 
 
+@pytest.mark.scorecard("R69", "S21", tier="full")
 def test_too_many_requests_get_503(server):
     async def burst():
         body = {"model": "tiny", "messages": _user("Hello"), "max_tokens": 100, "ignore_eos": True}
@@ -257,6 +260,7 @@ def test_too_many_requests_get_503(server):
     assert all(r.headers["retry-after"] == "1" for r in responses if r.status_code == 503)
 
 
+@pytest.mark.scorecard("R71", tier="full")
 def test_a_client_that_leaves_frees_the_engine(server):
     def generated():
         headers = {"Authorization": f"Bearer {KEY}"}
@@ -323,6 +327,7 @@ def test_chat_errors_are_one_clear_line(server, tmp_path):
         chat(ChatConfig(url=f"http://127.0.0.1:{_free_port()}/v1", prompt="x"))
 
 
+@pytest.mark.scorecard("S14", "R44")
 def test_model_text_cannot_control_the_terminal():
     assert printable("a\x1b[31mb\x07\x9b1m\r\n\tc[bold]") == "a[31mb1m\n\tc[bold]"
 
@@ -330,6 +335,7 @@ def test_model_text_cannot_control_the_terminal():
 # Before the start
 
 
+@pytest.mark.scorecard("R61")
 def test_a_used_port_and_a_wrong_folder_fail_before_ray_starts(tiny_model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
     with socket.create_server(("127.0.0.1", 0)) as other:
@@ -342,6 +348,7 @@ def test_a_used_port_and_a_wrong_folder_fail_before_ray_starts(tiny_model_dir, t
         serve(ServeConfig(model=tiny_model_dir, api_key_file=tmp_path / "none"))
 
 
+@pytest.mark.scorecard("S06")
 def test_config_rules(tmp_path):
     with pytest.raises(ValidationError, match="api_key_file"):
         ServeConfig(model=tmp_path, host="0.0.0.0")
@@ -365,6 +372,7 @@ def test_a_serve_config_file_can_build_the_app(tiny_model_dir):
         build_app({"model": str(tiny_model_dir), "num_replica": 2})
 
 
+@pytest.mark.scorecard("S09")
 def test_api_key_file_is_checked(tmp_path):
     path = tmp_path / "key"
     for text in ("", "two words", "schlüssel"):
@@ -375,6 +383,7 @@ def test_api_key_file_is_checked(tmp_path):
     assert read_api_key(path) == "secret"
 
 
+@pytest.mark.scorecard("S09", "S19", tier="full")
 def test_announcement_never_shows_the_key(tmp_path):
     config = ServeConfig(model=Path("m"), port=9000, api_key_file=tmp_path / "my key")
     text = announcement(config, "http://127.0.0.1:9000/v1", seconds=3)
@@ -420,6 +429,8 @@ def _engine(server) -> psutil.Process | None:
     return None
 
 
+@pytest.mark.scorecard("R69", tier="full")
+@pytest.mark.scorecard("R15", tier="full", partly=True)
 def test_a_dead_engine_is_replaced(server, greedy):
     _engine(server).kill()
     _wait_for(lambda: "starting it again" in server.printed(), 60)
@@ -428,6 +439,7 @@ def test_a_dead_engine_is_replaced(server, greedy):
     assert _ask(server, **options).choices[0].token_ids == greedy(_user("Hello"))
 
 
+@pytest.mark.scorecard("R68", tier="full")
 def test_ctrl_c_stops_everything(server):
     started = [psutil.Process(pid) for pid in _children(server)]
     assert _engine(server) in started

@@ -45,6 +45,7 @@ USER, ASSISTANT = {"role": "user", "content": "hi there"}, {"role": "assistant",
         ({"text": "  "}, r"d.jsonl:2: text: is empty"),
     ],
 )
+@pytest.mark.scorecard("R39", "R40")
 def test_a_bad_document_is_named_by_its_line(tmp_path, tiny_tokenizer, row, message):
     path = jsonl(tmp_path / "d.jsonl", [{"text": "fine"}, row])
     with pytest.raises(InputError, match=message):
@@ -63,12 +64,14 @@ def test_a_bad_document_is_named_by_its_line(tmp_path, tiny_tokenizer, row, mess
         ({"prompt": "hi", "response": 3}, "response: must be text, got int 3"),
     ],
 )
+@pytest.mark.scorecard("R39", "R40")
 def test_a_bad_demonstration_is_named(tmp_path, tiny_tokenizer, row, message):
     path = jsonl(tmp_path / "d.jsonl", [row])
     with pytest.raises(InputError, match=rf"d.jsonl:1: .*{message}"):
         read_conversations(path, tiny_tokenizer, max_length=64)
 
 
+@pytest.mark.scorecard("R38")
 def test_broken_parquet_and_missing_column(tmp_path):
     path = tmp_path / "d.parquet"
     path.write_bytes(b"PAR1 nothing")
@@ -97,11 +100,13 @@ def test_what_is_trained_in_sft_is_what_a_prompt_and_a_response_are_in_rl(tiny_t
     assert example.loss_mask.tolist() == [False] * len(prompt) + [True] * len(response)
 
 
+@pytest.mark.scorecard("R45")
 def test_padding_is_not_the_end_of_a_turn(tiny_tokenizer):
     assert tiny_tokenizer.pad_token_id != tiny_tokenizer.eos_token_id
     assert stop_token_ids(tiny_tokenizer) == sorted({tiny_tokenizer.eos_token_id, end_of_text_id(tiny_tokenizer)})
 
 
+@pytest.mark.scorecard("R41")
 def test_long_conversations_are_dropped_and_counted(tmp_path, tiny_tokenizer):
     path = jsonl(tmp_path / "d.jsonl", [{"prompt": "hi", "response": "yes"}, {"prompt": "hi", "response": "x" * 500}])
     data = read_conversations(path, tiny_tokenizer, max_length=64)
@@ -154,6 +159,7 @@ def test_length_grouping_saves_padding():
     assert sorted(np.concatenate([grouped.rows(s) for s in range(50)]).tolist()) == list(range(400))
 
 
+@pytest.mark.scorecard("R41")
 def test_prompts_keep_their_columns_and_count_what_is_dropped(tmp_path, tiny_tokenizer):
     rows = [{"prompt": "hi", "kind": "chat"}, {"prompt": "x" * 300, "kind": "long"}, {"prompt": [USER], "kind": "b"}]
     data = read_prompts(jsonl(tmp_path / "p.jsonl", rows), tiny_tokenizer, max_prompt_tokens=40)
@@ -186,6 +192,7 @@ def test_prompts_given_as_token_ids_are_taken_as_they_are(tmp_path, tiny_tokeniz
         ([], "must be text or a list of messages, got list"),
     ],
 )
+@pytest.mark.scorecard("R42")
 def test_a_bad_prompt_of_token_ids_is_named_by_its_line(tmp_path, tiny_tokenizer, prompt, message):
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": [1]}, {"prompt": prompt}])
     with pytest.raises(InputError, match=rf"p.jsonl:2: prompt(\[\d\])?: {message}"):
@@ -209,6 +216,7 @@ def test_rankings_take_sampled_ids_as_they_are_and_count_pairs(tmp_path, tiny_to
     ("change", "message"),
     [({"ranks": [0]}, "2 responses but 1 ranks"), ({"ranks": [0, -1]}, "from 0"), ({"ranks": [0, "b"]}, "from 0")],
 )
+@pytest.mark.scorecard("R48")
 def test_a_bad_ranking_is_named(tmp_path, tiny_tokenizer, change, message):
     row = {"prompt": "hi", "responses": ["a", "b"], "ranks": [0, 1], **change}
     with pytest.raises(InputError, match=rf"r.jsonl:1: .*{message}"):
@@ -241,6 +249,7 @@ def test_collate_aligns_every_field_to_the_sequence():
     assert batch.prompt_ids.tolist() == [7, 8] and batch.stopped.tolist() == [True, False]
 
 
+@pytest.mark.scorecard("R45")
 def test_padding_with_the_end_of_turn_itself_trains_it_once_and_never_where_the_response_was_cut():
     end = 9  # also the padding, as in SmolLM2
     rows = [rollout(0, [1, 2], [3, end]), rollout(1, [1], [4, 5, 6, 7], stopped=False), rollout(2, [end, 1], [end])]
@@ -364,6 +373,7 @@ OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         None,
     ],
 )
+@pytest.mark.scorecard("R45")
 def test_a_template_that_a_conversation_cannot_go_on_in_is_refused(tiny_tokenizer, template):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = template

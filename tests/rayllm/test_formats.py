@@ -104,6 +104,7 @@ def test_rankings(row, name, prompt, responses, ranks, scores):
     assert ranking["scores"] == scores
 
 
+@pytest.mark.scorecard("S23")
 def test_what_is_known_of_a_ranking_is_kept():
     row = {"prompt": "a", "responses": ["", " "], "ranks": [0, 1], "response_ids": [[2], [5, 2]], "labeler": "ana",
            "criteria": "honest", "subset": "chat", "scores": None, "seconds": 3}  # fmt: skip
@@ -126,6 +127,7 @@ def test_what_is_known_of_a_ranking_is_kept():
         ),
     ],
 )
+@pytest.mark.scorecard("R48")
 def test_a_pair_that_is_no_use_is_dropped_and_not_bad(row, reason):
     with pytest.raises(RowDropped, match=reason):
         convert(row, "ranking")
@@ -180,6 +182,7 @@ def check(path, found, schema):
     return len(spoiled)
 
 
+@pytest.mark.scorecard("R39")
 def test_every_bad_row_of_a_thousand_is_named(tmp_path):
     assert len(KINDS) >= 25
     total = 0
@@ -208,6 +211,7 @@ def spoiled(value, rng):
     return rng.choice(WICKED)
 
 
+@pytest.mark.scorecard("R39")
 def test_whatever_a_row_holds_it_is_read_or_refused_by_name():
     rng = random.Random(0)
     refused = 0
@@ -231,6 +235,7 @@ def test_whatever_a_row_holds_it_is_read_or_refused_by_name():
     assert refused > 3_000
 
 
+@pytest.mark.scorecard("R39")
 def test_one_bad_row_too_many_ends_the_reading_and_names_the_first(tmp_path):
     path = tmp_path / "d.jsonl"
     rows = ['{"prompt": "a", "completion": "b"}'] + ['{"prompt": "a", "completion": ""}'] * 8
@@ -244,6 +249,7 @@ def test_one_bad_row_too_many_ends_the_reading_and_names_the_first(tmp_path):
         list(Reader(path, "conversation", max_bad_rows=6).rows(lambda row: row))
 
 
+@pytest.mark.scorecard("R39")
 def test_bad_rows_of_csv_parquet_and_json_are_named_too(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -113,6 +113,7 @@ def test_the_picture_holds_everything_once(family):
     assert len(set(boxes)) == 6
 
 
+@pytest.mark.scorecard("S25")
 def test_a_flipped_byte_is_told_by_file(family):
     folder = family / "ppo/model"
     assert check_files(folder, key="model") is not None
@@ -127,6 +128,7 @@ def test_a_flipped_byte_is_told_by_file(family):
         check_files(folder, key="model")
 
 
+@pytest.mark.scorecard("S25")
 def test_a_manifest_that_was_edited_is_told(family):
     path = family / "ppo/model/lineage.json"
     manifest = json.loads(path.read_text())

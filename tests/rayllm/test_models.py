@@ -53,6 +53,7 @@ def test_wrong_architectures_are_named(tiny_tokenizer):
         create_causal_lm("qwen3", tiny_tokenizer, {**TINY_SHAPE, "num_key_value_heads": 3}, seed=0)
 
 
+@pytest.mark.scorecard("S01")
 def test_unusable_folders_are_named(tmp_path):
     with pytest.raises(InputError, match="model: no model folder at"):
         check_model_dir(tmp_path / "none", key="model")

@@ -13,6 +13,7 @@ def test_every_epoch_holds_every_prompt_once_in_a_new_order():
     assert sorted(first) == sorted(second) == list(range(12)) and first != second
 
 
+@pytest.mark.scorecard("R46")
 def test_a_batch_never_spans_two_epochs():
     stream = PromptStream(10, seed=0)
     taken = [stream.ids(stream.take(count)) for count in (4, 4, 4)]
@@ -37,6 +38,7 @@ def test_a_span_is_split_into_equal_parts_that_hold_its_prompts_in_order():
         span.split(4)
 
 
+@pytest.mark.scorecard("R46")
 def test_more_than_there_are_is_refused():
     with pytest.raises(ValueError, match="11 prompts wanted at once, there are 10"):
         PromptStream(10, seed=0).take(11)

@@ -327,6 +327,7 @@ def test_page_holds_the_whole_run_and_stays_small(tmp_path):
     assert {path.name for path in html.parent.iterdir() if path.is_file()} == {"report.html", "report.json"}
 
 
+@pytest.mark.scorecard("S13")
 def test_page_asks_nothing_of_the_network(tmp_path):
     html = write_report(make_run(tmp_path / "demo"))[0].read_text()
     assert "http:" not in html and "https:" not in html and "url(" not in html and "@import" not in html
@@ -335,6 +336,7 @@ def test_page_asks_nothing_of_the_network(tmp_path):
         assert (attributes.get("href") or "#").startswith("#")
 
 
+@pytest.mark.scorecard("S13")
 def test_model_text_is_never_markup(tmp_path):
     run = make_run(tmp_path / "demo")
     plain = Page(write_report(run)[0].read_text())

@@ -32,6 +32,7 @@ def finish(run):
         run.finish({"figure": 1.0}, model_parameters=3)
 
 
+@pytest.mark.scorecard("R47", "R34")
 def test_a_finished_run_is_done_until_settings_or_inputs_change(tmp_path, documents):
     finish(open_run(tmp_path, documents))
     assert open_run(tmp_path, documents).done
@@ -89,6 +90,7 @@ def test_ctrl_c_is_stopped_not_failed(tmp_path, documents):
     assert json.loads((tmp_path / "run/run.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.scorecard("R36")
 def test_two_processes_cannot_use_one_folder(tmp_path, documents):
     with open_run(tmp_path, documents), pytest.raises(InputError, match="in use by another process"):
         open_run(tmp_path, documents).__enter__()

@@ -58,11 +58,13 @@ def processes_with(mark: str) -> list[str]:
         ("import os; os.setuid(0)", "failed", "Operation not permitted"),
     ],
 )
+@pytest.mark.scorecard("S16")
 def test_what_does_harm_ends_at_a_limit(program, status, message):
     outcome = run_program(program, limits=SHORT if status == "late" else LONG)
     assert outcome.status == status and message in outcome.message, outcome
 
 
+@pytest.mark.scorecard("S16")
 def test_nothing_is_left_of_a_program_that_forks_and_hides():
     mark = uuid.uuid4().hex
     child = f"import time; time.sleep(1000)  # {mark}"
@@ -78,6 +80,7 @@ while True:
     assert not processes_with(mark)
 
 
+@pytest.mark.scorecard("S16")
 def test_a_program_sees_python_and_an_empty_folder(monkeypatch):
     monkeypatch.setenv("SECRET_KEY", "4711")
     here = str(Path(__file__).resolve())
@@ -99,6 +102,7 @@ def test_a_program_sees_python_and_an_empty_folder(monkeypatch):
         ("import time; time.sleep(99)", 0.0, "was not done at its deadline"),
     ],
 )
+@pytest.mark.scorecard("S17")
 def test_statements_must_all_pass(code, score, why):
     found, message = passes_tests(code, ["assert double(1) == 2", "assert double(4) == 8"], limits=SHORT if "sleep" in code else LONG)
     assert found == score and why in message
@@ -117,6 +121,7 @@ def test_tests_of_another_form_are_refused(tests):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="the other tests run as an ordinary user here")
+@pytest.mark.scorecard("S16")
 def test_an_ordinary_user_has_the_same_sandbox(tmp_path):
     """By a Python that all users may read."""
     python = next((p for p in ("/usr/bin/python3", "/usr/local/bin/python3") if Path(p).exists()), None)

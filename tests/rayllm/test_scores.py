@@ -82,6 +82,7 @@ def test_a_prompt_teaches_when_one_source_tells_its_responses_apart():
         ({"3/0": 1, "3/1": 2, "8/0": 3, "8/1": 4}, r"returned a value for 8/1, which was not asked for"),
     ],
 )
+@pytest.mark.scorecard("R50")
 def test_what_is_not_one_number_a_response_is_refused(found, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         checked_scores(found, IDS)
@@ -97,6 +98,7 @@ def test_numbers_of_any_kind_are_taken_and_mappings_by_id(found):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+@pytest.mark.scorecard("R50")
 def test_a_number_that_is_not_finite_fails_its_own_response_alone(value):
     first, second, third = checked_scores([1.0, value, 2.0], IDS)
     assert (first, third) == (1.0, 2.0)

@@ -101,6 +101,7 @@ def test_group_advantages_by_hand():
 
 @pytest.mark.parametrize("kind", GROUP_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.scorecard("R49")
 def test_groups_without_spread_are_exactly_zero(kind, dtype):
     generator = torch.Generator().manual_seed(0)
     levels = torch.randn(50, generator=generator, dtype=torch.float64).to(dtype)

@@ -190,6 +190,7 @@ def test_running_moments_match_a_loop_in_batches_over_ranks_and_after_a_restart(
     assert astuple(ranks) == pytest.approx(expected)
 
 
+@pytest.mark.scorecard("R49")
 def test_rewards_without_spread_are_not_blown_up():
     moments = RunningMoments()
     for size in (3, 7, 1000):

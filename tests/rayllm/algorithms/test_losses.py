@@ -226,6 +226,7 @@ def test_value_loss_matches_a_loop_and_splits(clip_range):
     torch.testing.assert_close(split, whole)
 
 
+@pytest.mark.scorecard("R49")
 def test_empty_mask_gives_zero_and_zero_gradient():
     new, old, advantages, mask = random_batch()
     empty = torch.zeros_like(mask)

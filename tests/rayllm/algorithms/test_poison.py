@@ -107,6 +107,7 @@ for aggregation in losses.AGGREGATIONS:
 SCORES = "one number a response, no token"
 SHAPES = "reads shapes or names, no value"
 WITHOUT_MASK = {
+    "alarms.alarms": "one number a step",
     "advantages.group_advantages": SCORES,
     "advantages.has_signal": SCORES,
     "checks.require_dim": SHAPES,

@@ -98,6 +98,7 @@ def test_plackett_luce_of_three_is_the_sum_over_the_orders_that_the_ranks_allow(
     assert found.item() == pytest.approx(-math.log(chance), abs=1e-6)
 
 
+@pytest.mark.scorecard("R48")
 def test_a_tie_of_all_teaches_nothing():
     rewards = torch.tensor([5.0, -5.0, 1.0], requires_grad=True)
     zeros = torch.zeros(3, dtype=torch.long)
@@ -168,6 +169,7 @@ def test_kwise_loss_matches_a_loop_in_any_order(kind):
 
 
 @pytest.mark.parametrize("kind", KWISE_KINDS)
+@pytest.mark.scorecard("R48")
 def test_two_responses_are_a_pair_and_one_is_nothing(kind):
     rewards = torch.tensor([0.3, 1.1], requires_grad=True)
     pair = kwise_loss(rewards, torch.tensor([1, 0]), torch.tensor([4, 4]), kind=kind)
