@@ -2,10 +2,10 @@
 
     python -m bench.reward_models runs/quickstart runs/reward_models [NAME ...]
 
-Trains reward models with every loss on the quickstart's noisy rankings, then a few small ones on FEW rankings, which
-PPO can exploit, and runs PPO against one of them and against all; and, where runs/reward_models/hh.parquet holds human
-pairs (Anthropic HH), one on these. What is done is not done again; with NAMES only these runs are done. Writes
-docs/reward-models.md and its picture from the runs that are there.
+Trains reward models with every loss on the quickstart's noisy rankings, then a few on FEW rankings, which PPO can
+exploit, each from a pretraining of its own, and runs PPO against one of them and against all; and, where
+runs/reward_models/hh.parquet holds human pairs (Anthropic HH), one on these. What is done is not done again; with NAMES
+only these runs are done. Writes docs/reward-models.md and its picture from the runs that are there.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from rich.console import Console
 from bench.reward_models_page import write_page
 from jobs.reward_model import RewardModelTask, make_examples
 from jobs.session import ray_session
-from rayllm.config.base import load_config
+from rayllm.config.base import Config, load_config
 from rayllm.config.ppo import PPOConfig
+from rayllm.config.pretrain import PretrainConfig
 from rayllm.config.reward_model import RewardModelConfig
+from rayllm.config.sft import SftConfig
 from rayllm.data.files import read_rows, write_parquet
 from rayllm.data.preferences import read_rankings
 from rayllm.models.loading import load_tokenizer
@@ -34,7 +36,7 @@ from rayllm.report.reward import REPORT
 
 SEEDS = (0, 1, 2)
 PAIRWISE = ("batch_size=24", "num_epochs=2")  # about as many steps as batches of 8 prompts make
-LISTWISE = ("batch_size=8", "num_epochs=2.5")  # 60 % of the tokens
+LISTWISE = ("batch_size=8", "num_epochs=2.75")  # 60 % of the tokens
 LOSSES: dict[str, tuple[str, ...]] = {
     "pairwise": ("loss=pairwise", *PAIRWISE),
     "all-pairs": ("loss=all_pairs", *LISTWISE),
@@ -46,7 +48,8 @@ FEW = 100
 """Rankings that the exploitable reward models learn from."""
 
 MEMBERS = 3
-"""Reward models of the ensemble: the first learns from all of these rankings, each other from a bootstrap of them."""
+"""Reward models of the ensemble: all learn from these rankings, the first from the quickstart's SFT model, each other
+from an SFT model of its own, pretrained with another seed. From one start they would make the same mistakes."""
 
 EXPLOIT = (
     "num_steps=16", "policy.optimizer.learning_rate=2e-4", "policy.optimizer.schedule=constant",
@@ -62,6 +65,11 @@ POLICIES: dict[str, tuple[int, tuple[str, ...]]] = {
 """Name -> number of reward models, and settings."""
 
 
+STARTS = ("pretrain", "sft")
+CONFIGS: dict[str, type[Config]] = {
+    "pretrain": PretrainConfig, "sft": SftConfig, "reward_model": RewardModelConfig, "ppo": PPOConfig
+}  # fmt: skip
+
 HUMAN = "hh"
 """The run on human pairs."""
 
@@ -70,13 +78,17 @@ def names(target: Path) -> list[str]:
     """Every run, in order."""
     losses = [f"{name}-{seed}" for seed in SEEDS for name in LOSSES]
     human = [HUMAN] if (target / "hh.parquet").is_file() else []
-    return [*losses, *(f"few-{seed}" for seed in range(MEMBERS)), *POLICIES, *human]
+    starts = [f"{job}-{seed}" for seed in range(1, MEMBERS) for job in STARTS]
+    return [*losses, *starts, *(f"few-{seed}" for seed in range(MEMBERS)), *POLICIES, *human]
 
 
 def run(name: str, source: Path, target: Path) -> None:
     """Train, unless it is done."""
     loss, _, seed = name.rpartition("-")
-    if name in POLICIES:
+    if loss in STARTS:
+        job, arguments = loss, [f"seed={seed}"]
+        arguments += [f"model={target / f'pretrain-{seed}/model'}"] if job == "sft" else []
+    elif name in POLICIES:
         count, settings = POLICIES[name]
         models = ", ".join(str((target / f"few-{seed}/model").absolute()) for seed in range(count))
         job, arguments = "ppo", [f"reward_model=[{models}]", *EXPLOIT, *settings]
@@ -85,14 +97,14 @@ def run(name: str, source: Path, target: Path) -> None:
         arguments = [f"rankings={target / 'hh.parquet'}", "heldout_rankings=null", "heldout_fraction=0.3"]
     elif loss == "few":
         job = "reward_model"
-        rankings = target / f"few-{seed}.parquet"
-        arguments = [f"seed={seed}", f"rankings={rankings}", "num_epochs=6", "workers.num_workers=1"]
+        start = source / "sft/model" if seed == "0" else target / f"sft-{seed}/model"
+        arguments = [f"seed={seed}", f"model={start}", f"rankings={target / 'few.parquet'}", "num_epochs=6",
+                     "workers.num_workers=1"]  # fmt: skip
     else:
         job, arguments = "reward_model", [f"seed={seed}", *LOSSES[loss]]
     if job == "reward_model" and name != HUMAN:
         arguments.append(f"heldout_rankings={target / 'heldout.parquet'}")
-    kind = PPOConfig if job == "ppo" else RewardModelConfig
-    loaded = load_config(kind, source / job / "config.yaml", [f"run_dir={target / name}", *arguments])
+    loaded = load_config(CONFIGS[job], source / job / "config.yaml", [f"run_dir={target / name}", *arguments])
     importlib.import_module(f"jobs.{job}").run(loaded, Console(width=120))
 
 
@@ -102,10 +114,7 @@ def prepare(source: Path, target: Path) -> None:
     heldout = list(read_rows(source / "label/heldout_rankings.parquet", ["prompt"]))
     rows = [{**row, "category": kinds[row["prompt"][0]["content"]]} for row in heldout]
     write_parquet(rows, target / "heldout.parquet")
-    few = list(read_rows(source / "label/rankings.parquet", []))[:FEW]
-    for seed in range(MEMBERS):
-        drawn = np.random.default_rng(seed).integers(FEW, size=FEW) if seed else np.arange(FEW)
-        write_parquet([few[row] for row in drawn], target / f"few-{seed}.parquet")
+    write_parquet(list(read_rows(source / "label/rankings.parquet", []))[:FEW], target / "few.parquet")
 
 
 def trained_tokens(folder: Path) -> int:

@@ -122,8 +122,9 @@ def curves_part(curves: dict[str, Points], accuracies: Sequence[float], *, few: 
     }
     listed = ", ".join(f"{100 * value:.0f}" for value in accuracies)
     told = (
-        f"{len(accuracies)} reward models learn from the same {few} rankings, the first from all of them, each other "
-        f"from a bootstrap (held-out pair accuracy {listed} %): few enough that PPO finds what they get wrong. PPO "
+        f"{len(accuracies)} reward models learn from the same {few} rankings, the first from the SFT model that PPO "
+        "trains, each other from one that was pretrained and fine-tuned with another seed (held-out pair accuracy "
+        f"{listed} %): few enough rankings that PPO finds what they get wrong. PPO "
         "runs against the first of them alone, and against all of them with a penalty where they disagree; it is given "
         "a large rate and a small KL coefficient so that it goes far. The reward-model score in the table is that of "
         "the first model in every run, in "
