@@ -24,6 +24,9 @@ from torch import nn
 from rayllm.checkpoints import CheckpointError, Files, write_file
 
 WEIGHT, STEP = "weight", "step"
+TENSORS = "tensors"
+"""Fact of each file: how many it holds."""
+
 PART_BYTES = 2**28
 """Of one file, about: so much more memory a save takes."""
 
@@ -139,7 +142,7 @@ def write_pieces(
 
     def flush() -> None:
         path = folder / f"part-{rank}-{len(files)}.safetensors"
-        files.update(write_file(path, save(part, metadata=dict(facts))))
+        files.update(write_file(path, save(part, metadata={**facts, TENSORS: str(len(part))})))
         part.clear()
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +215,10 @@ class _Saved:
         for path in sorted(folder.glob("part-*.safetensors")):
             file = stack.enter_context(safe_open(path, "pt"))
             self.facts = file.metadata() or {}
-            for entry in file.keys():
+            entries = list(file.keys())
+            if self.facts.get(TENSORS) != str(len(entries)):
+                raise CheckpointError(f"{path} has {len(entries)} tensors, {self.facts.get(TENSORS)} were written")
+            for entry in entries:
                 key, start, name = entry.split("|", 2)
                 end = int(start) + file.get_slice(entry).get_shape()[0]
                 self._places[name][key].append((int(start), end, file, entry))
