@@ -102,11 +102,11 @@ def growing_cluster(tmp_path) -> Iterator[Cluster]:
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "disable_launch_config_check": True, "gcs_address": f"127.0.0.1:{gcs}", "head_node_id": FAKE_HEAD_ID,
         },
-        "auth": {}, "head_node_type": "head", "cluster_synced_files": [], "file_mounts": {}, "initialization_commands": [],
+        "auth": {}, "head_node_type": "ray.head.default", "cluster_synced_files": [], "file_mounts": {}, "initialization_commands": [],
         "setup_commands": [], "head_setup_commands": [], "worker_setup_commands": [], "head_start_ray_commands": [],
         "worker_start_ray_commands": [],
         "available_node_types": {
-            "head": {**node, "max_workers": 0, "resources": {"CPU": 2}},
+            "ray.head.default": {**node, "max_workers": 0, "resources": {"CPU": 2}},
             "rollout": {**node, "max_workers": 2, "resources": {"CPU": 4}},
         },
     }  # fmt: skip
