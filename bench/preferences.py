@@ -36,7 +36,7 @@ from rayllm.world.summary import summarize
 TOY = "jobs/configs/preference-quickstart.yaml"
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dpo": ("preference", ()),
-    "dpo-plain": ("preference", ("sft_coef=0",)),
+    "dpo-plain": ("preference", ("sft_coef=0", "num_epochs=1")),
     "ipo": ("preference", ("kind=ipo", "beta=1")),
     "kto": ("preference", ("kind=kto", "sft_coef=0", "beta=1", "batch_size=64", "optimizer.learning_rate=3e-4")),
     "orpo": ("preference", ("kind=orpo", "beta=0.5", "sft_coef=1")),

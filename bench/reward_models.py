@@ -36,7 +36,7 @@ from rayllm.report.reward import REPORT
 
 SEEDS = (0, 1, 2)
 PAIRWISE = ("batch_size=24", "num_epochs=2")  # about as many steps as batches of 8 prompts make
-LISTWISE = ("batch_size=8", "num_epochs=2.5")  # 60 % of the tokens
+LISTWISE = ("batch_size=8", "num_epochs=2.75")  # 60 % of the tokens
 LOSSES: dict[str, tuple[str, ...]] = {
     "pairwise": ("loss=pairwise", *PAIRWISE),
     "all-pairs": ("loss=all_pairs", *LISTWISE),
