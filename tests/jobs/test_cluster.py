@@ -181,6 +181,33 @@ def test_the_entry_points_work_under_ray_job_submit(cluster, tiny_run, tmp_path)
     assert pq.read_table(tmp_path / "run/rankings.parquet").equals(expected)
 
 
+def sizes(source: Path, folder: Path) -> dict[str, list[str]]:
+    """The least that a job of each command does; those of the pipeline are submitted there."""
+    model, world, label = f"model={source / 'sft/model'}", source / "world", source / "label"
+    for name, question in (("train", "What color is snow?"), ("held", "What color is grass?")):
+        steps = [{"prompt": question, "completions": ["White."], "labels": [i % 2 == 0]} for i in range(12)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    learner = ["batch_size=4", "num_epochs=0.5", "workers.num_workers=1"]
+    prompts = [f"prompts={world / 'prompts_train.parquet'}", "num_prompts=8", "rollout.max_new_tokens=8"]
+    return {
+        "preference": [model, f"preferences={label / 'rankings.parquet'}", *learner],
+        "process-reward-model": [model, f"steps={folder / 'train.jsonl'}", f"heldout_steps={folder / 'held.jsonl'}", *learner],
+        "reward-report": [f"model={source / 'reward_model/model'}", f"rankings={label / 'heldout_rankings.parquet'}"],
+        "label": ["labeler=reward-model", model, f"reward_model={source / 'reward_model/model'}", *prompts,
+                  "rollout.cpus_per_actor=0.5", "reward.cpus_per_actor=0.5"],
+        "online-preference": [model, "num_rounds=1", *(f"label.{words}" for words in prompts),
+                              *(f"preference.{words}" for words in learner), "label.num_heldout_prompts=4"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["preference", "process-reward-model", "reward-report", "label", "online-preference"])
+def test_every_job_runs_on_a_cluster(cluster, tiny_run, tmp_path, command):
+    arguments = sizes(tiny_run[0], tmp_path)[command]
+    done = rayllm(command, f"run_dir={tmp_path / 'run'}", *arguments, "--address", cluster.dashboard, env=cluster.env)
+    assert done.returncode == 0, done.stdout
+    assert record(tmp_path / "run")["status"] == "done"
+
+
 def follow(cluster: Cluster, *arguments: str) -> subprocess.Popen:
     """`rayllm ... --address` that goes on."""
     return subprocess.Popen(
