@@ -155,4 +155,4 @@ async def _answer(reference: Any) -> Any:
 
 def _last_line(error: BaseException) -> str:
     """Without what Ray guesses."""
-    return str(error).strip().splitlines()[-1].split(" Some common causes")[0]
+    return str(error).strip().splitlines()[-1].split(" Some common causes")[0].strip()
