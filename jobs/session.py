@@ -136,8 +136,8 @@ class _Starting:
     def _run(self) -> None:
         try:
             with _temporary_files_in(self._folder / "tmp"), _token_in(self._folder / "token"):
-                ray.init(address="local", include_dashboard=False, _temp_dir=str(self._folder), **self._settings)
-            self._folder.chmod(0o700)  # Ray opens it to everyone
+                # a folder in ours, which stays closed to others: Ray opens its own to everyone
+                ray.init(address="local", include_dashboard=False, _temp_dir=str(self._folder / "r"), **self._settings)
         except BaseException as error:
             self._started.set_exception(error)
         else:
@@ -237,7 +237,7 @@ def _is_running(process: psutil.Process) -> bool:
 def _keep_logs(folder: Path, logs_dir: Path) -> None:
     """Workers' and Ray's own logs, minus the empty ones."""
     logs_dir.mkdir(parents=True, exist_ok=True)
-    for log in folder.glob("session_2*/logs/*.*"):
+    for log in folder.glob("r/session_2*/logs/*.*"):
         if log.is_file() and log.stat().st_size:
             shutil.copy2(log, logs_dir / log.name)
 

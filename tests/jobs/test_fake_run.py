@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+import ray
 from ray._private.internal_api import memory_summary
 
 from actors.group import ActorGroup, Role
@@ -41,7 +42,8 @@ def test_two_hundred_steps_leave_memory_store_and_files_as_they_were(local_ray, 
 
     def state():
         gc.collect()
-        used = float(memory_summary(stats_only=True).split("Plasma memory usage ")[1].split(" MiB")[0])
+        summary = memory_summary(address=ray.get_runtime_context().gcs_address, stats_only=True)
+        used = float(summary.split("Plasma memory usage ")[1].split(" MiB")[0])
         return process.memory_info().rss / 2**20, used, process.num_fds()
 
     settings = (f"num_steps={num_steps}", "rollout.num_actors=2", "max_policy_lag=1")
