@@ -32,6 +32,7 @@ class FakeEngine(VllmEngine):
         self.import_seconds = self.init_seconds = 0.001
         self.max_model_len, self.vocab_size = max_positions(model_dir), vocabulary_size(model_dir)
         self.version = 0
+        self.asleep = self._empty = False
         self.mood = "well"
         """`well`, `slow`, `hangs`, `nan`, `stale`: takes an update and does not use it."""
 
@@ -86,6 +87,12 @@ class FakeEngine(VllmEngine):
 
     async def receive(self, *, version: int, keep_cache: bool = False) -> int:
         raise NotImplementedError("weights come through memory")
+
+    async def _sleep(self, level: int) -> None:
+        """It holds nothing."""
+
+    async def _wake(self) -> None:
+        """It holds nothing."""
 
     async def shutdown(self) -> None:
         self._dead = RuntimeError("it was shut down")

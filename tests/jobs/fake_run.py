@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from actors.fleet import Dispatcher, probe_tokens
+from actors.fleet import RolloutFleet, probe_tokens
 from actors.group import ActorGroup, Role
-from actors.publishing import Published, this_node
+from actors.health import Deadlines
+from actors.member import Call
+from actors.publishing import Published
+from actors.supervisor import Blueprint, Size
 from actors.weights import read_safetensors
 from bench.fakes import FakeModelActor
 from jobs.ppo import train
@@ -84,24 +87,28 @@ def fake_run(folder: Path, model: Path, *settings: str) -> Iterator[FakeRun]:
     loaded = load_config(PPOConfig, None, keys)
     config = loaded.config
     arguments = {"model_dir": str(model), "engine": {}, "seed": config.seed, "timeout_s": config.rollout.timeout_s}
-    rollout = ActorGroup(Role("rollout", config.rollout.num_actors, CPUS, 0), FakeEngineActor, lambda rank: arguments)
+    prompts = PromptData([{}] * NUM_PROMPTS, [[n % 200, n] for n in range(NUM_PROMPTS)], {})
+    sampling = {
+        "num_samples": config.samples_per_prompt, "temperature": config.rollout.temperature,
+        "max_new_tokens": config.rollout.max_new_tokens,
+    }  # fmt: skip
+    setup = [Call(FakeEngineActor.set_prompts.__name__, (prompts.token_ids,), sampling)]
+    role, count = Role("rollout", config.rollout.num_actors, CPUS, 0), config.rollout.num_actors
+    rollout = RolloutFleet(
+        Blueprint(role, FakeEngineActor, lambda number: arguments, setup),
+        Size(start=count, least=1, most=count, max_restarts=config.rollout.max_restarts, wait_s=0.0),
+        Deadlines(start_s=config.rollout.stall_s, work_s=config.rollout.stall_s),
+    )
     others = {
         name: ActorGroup(Role(name, 1, CPUS, 0), FakeLearnerActor, lambda rank: {"model": str(model)})
         for name in ("policy", "critic", "reference")
     }
     scorer = ActorGroup(Role("reward", 1, CPUS, 0), FakeModelActor, lambda rank: {})
     reward = RewardGroups(config.reward, {"model": scorer})
-    prompts = PromptData([{}] * NUM_PROMPTS, [[n % 200, n] for n in range(NUM_PROMPTS)], {})
     try:
-        roles = Roles(
-            config=config, rollout=rollout, reward=reward, dispatcher=Dispatcher(rollout),
-            probe=probe_tokens(vocabulary_size(model), 512), **others,
-        )  # fmt: skip
-        roles.rollout_nodes.add(this_node())
-        rollout.call(
-            FakeEngineActor.set_prompts, prompts.token_ids, num_samples=config.samples_per_prompt,
-            temperature=config.rollout.temperature, max_new_tokens=config.rollout.max_new_tokens,
-        )  # fmt: skip
+        probe = probe_tokens(vocabulary_size(model), 512)
+        roles = Roles(config=config, rollout=rollout, reward=reward, probe=probe, **others)
+        roles.sync_weights(version=0)
         batches, controls = Batches(roles, prompts, config), Controls(config)
         with Run("ppo", loaded) as job, (folder / "screen").open("w") as screen:
             progress = Progress(Console(file=screen), "ppo", config.num_steps)
