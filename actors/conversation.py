@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors.counters import count
 from actors.seeds import turn_seed
 from actors.vllm_engine import Request, Sampled, VllmEngine
-from actors.watched import count
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.data.chat import Message, TurnFrame, messages_problem, prompt_messages, prompt_token_ids
 from rayllm.data.rollout import Rollout, SampledTurn

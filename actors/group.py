@@ -17,8 +17,8 @@ from rayllm.startup import without_garbage_collection
 
 ActorT = TypeVar("ActorT")
 
-OUT_OF_MEMORY = "OOM"
-"""In Ray's account of an actor that its memory monitor killed."""
+OUT_OF_MEMORY = "running low on memory"
+"""In Ray's account of an actor that its memory monitor killed; it guesses at an OOM killer in every account."""
 
 PIECES = 4
 """Calls into which `ActorGroup.map_pieces` divides a rank's rows: the actor works while later rows are on their way,

@@ -52,6 +52,8 @@ class PolicyActor(LearnerActor):
         super().__init__(rank=rank, world_size=world_size, config=config, role=config.policy)
         self.estimator = config.algorithm.estimator
         self._publisher = Publisher()
+        self._ratio_max = torch.zeros(1)
+        """Largest ratio of new to old probability in this step."""
         self._weight_group: WeightGroup | None = None
         self.ptx: PackedRows | None = None
         if ptx_tokens is not None:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from actors.counters import count
 from actors.vllm_engine import (
     EXIT_CODE,
     EXIT_GRACE_S,
@@ -30,7 +31,6 @@ from actors.vllm_engine import (
     set_environment,
     stopped,
 )
-from actors.watched import count
 from actors.weight_group import Seat, WeightGroup
 
 

@@ -13,7 +13,6 @@ import signal
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 import psutil
 import ray
 
+from actors.counters import counters
 from actors.group import Role, actor_options, constructor, whereabouts
 
 REPORT_S = 1.0
@@ -29,15 +29,6 @@ STACKS_S = 1.0
 """How long a process that is to be ended may take to say where it stands."""
 
 END_S = 5.0
-
-_counters: Counter[str] = Counter()
-"""Of this process; an actor has one to itself."""
-
-
-def count(name: str, amount: int = 1) -> None:
-    """This process has done ``amount`` more of something."""
-    _counters[name] += amount
-
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -90,7 +81,7 @@ def _report(supervisor: Any, number: int, stacks: Any) -> None:
     node = str(ray.get_runtime_context().get_node_id())
     pid, created = os.getpid(), psutil.Process().create_time()
     while ray.is_initialized():
-        supervisor.report.remote(number, Report(node, pid, created, stacks.fileno(), dict(_counters)))
+        supervisor.report.remote(number, Report(node, pid, created, stacks.fileno(), dict(counters)))
         time.sleep(REPORT_S)
 
 

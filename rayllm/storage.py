@@ -63,9 +63,11 @@ class Storage:
             raise InputError(f"{key}: {address}: {_first_line(error)}") from None
 
     def names(self, below: str = "") -> set[str]:
-        """Of all files below a folder, relative to the storage's."""
+        """Of all files below a folder, relative to the storage's; none where a file stands in its place."""
         from pyarrow import fs
 
+        if below and self.has(below):
+            return set()
         try:
             selector = fs.FileSelector(f"{self._root}/{below}".rstrip("/"), recursive=True, allow_not_found=True)
             found = self._fs.get_file_info(selector)

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from actors.counters import count
 from actors.seeds import sample_seed
-from actors.watched import count
 from rayllm.errors import EngineStopped
 
 
