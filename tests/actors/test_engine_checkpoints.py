@@ -80,6 +80,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.scorecard("R56")
 def test_a_resumed_run_ends_with_the_very_same_bits(ranks, tiny_model_dir, tmp_path, kind):  # noqa: F811
     learner = KINDS[kind]
     expected = ranks(train_and_save, str(tiny_model_dir), str(tmp_path), learner)
@@ -95,6 +96,7 @@ def test_a_resumed_run_ends_with_the_very_same_bits(ranks, tiny_model_dir, tmp_p
 
 
 @pytest.mark.parametrize("written", [0, 1, 2, 3])
+@pytest.mark.scorecard("R57")
 def test_any_number_of_ranks_and_any_stage_reads_it(ranks, one_rank, tiny_model_dir, tmp_path, written):  # noqa: F811
     """2 ranks to 1, to 2 of another stage, and back from 1 to 2."""
     model = str(tiny_model_dir)
@@ -116,6 +118,7 @@ def load_error(rank, folder, out, learner):
         return f"{type(error).__name__}: {error}"
 
 
+@pytest.mark.scorecard("R30", "R35")
 def test_what_is_no_checkpoint_of_this_model_is_an_error(ranks, tiny_model_dir, tmp_path):  # noqa: F811
     """DeepSpeed's own loading tells nothing of a missing folder, and of a missing part by an empty message."""
     model, learner = str(tiny_model_dir), {"zero_stage": 2}

@@ -152,6 +152,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.scorecard("R01", "R03", "R17")
 def test_losing_an_engine_changes_nothing_that_is_sampled(healing, fault):
     break_it, reason = FAULTS[fault]
     healing.fleet.sync(FakeRollout.sync, 7)
@@ -171,6 +172,7 @@ def test_losing_an_engine_changes_nothing_that_is_sampled(healing, fault):
     assert (healing.folder / f"synced-{newcomer}").read_text() == "7"
 
 
+@pytest.mark.scorecard("R01", "R05")
 def test_a_restarted_engine_serves_only_after_a_proved_sync_of_the_newest_weights(healing):
     healing.fleet.sync(FakeRollout.sync, 7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
@@ -198,6 +200,7 @@ def test_a_restarted_engine_serves_only_after_a_proved_sync_of_the_newest_weight
 
 
 @pytest.mark.parametrize(("trouble", "reason"), [("hangs", "no progress for"), ("stops", "broken on purpose")])
+@pytest.mark.scorecard("R05", "R22")
 def test_the_learner_does_not_wait_for_an_engine_that_is_lost_in_a_sync(healing, trouble, reason):
     healing.fleet.sync(FakeRollout.sync, 7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
@@ -209,6 +212,7 @@ def test_the_learner_does_not_wait_for_an_engine_that_is_lost_in_a_sync(healing,
     assert reason in healing.told(f"engine {victim} is lost: ")
 
 
+@pytest.mark.scorecard("R02")
 def test_the_only_engine_is_restarted_and_when_the_budget_is_spent_the_run_ends(lab):
     only = lab(start=1, max_restarts=1)
     only.fleet.sync(FakeRollout.sync, 7)
@@ -225,6 +229,7 @@ def test_the_only_engine_is_restarted_and_when_the_budget_is_spent_the_run_ends(
         only.fleet.sync(FakeRollout.sync, 8)
 
 
+@pytest.mark.scorecard("R02")
 def test_work_that_takes_engine_after_engine_with_it_is_told(lab):
     poisoned = lab(start=3)
     poisoned.fleet.sync(FakeRollout.sync, 7)
@@ -239,6 +244,7 @@ def test_work_that_takes_engine_after_engine_with_it_is_told(lab):
     ("trouble", "message"), [("cannot-start", "an engine could not start: ValueError: no such model"),
                              ("lies-all", "does not serve the policy's weights")]
 )  # fmt: skip
+@pytest.mark.scorecard("R06")
 def test_engines_that_cannot_start_or_lie_end_the_run(lab, tmp_path, trouble, message):
     (tmp_path / trouble).touch()
     with pytest.raises(RuntimeError, match=message):

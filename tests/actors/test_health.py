@@ -37,6 +37,7 @@ def test_waiting_for_a_place_has_no_deadline_but_starting_has(health):
     assert health.look(1e6 + 101) is State.DEAD
 
 
+@pytest.mark.scorecard("R23")
 def test_with_nothing_to_do_it_is_enough_to_be_heard_of(health):
     ready(health, 0.0)
     for now in range(1, 100):
@@ -48,6 +49,7 @@ def test_with_nothing_to_do_it_is_enough_to_be_heard_of(health):
     assert health.look(109.1) is State.DEAD
 
 
+@pytest.mark.scorecard("R17", "R23")
 def test_with_work_only_counters_that_move_are_progress(health):
     ready(health, 0.0).began(50.0)
     assert health.look(55.0) is None  # the time without work is not counted
@@ -60,6 +62,7 @@ def test_with_work_only_counters_that_move_are_progress(health):
     assert health.look(68.5) is State.DEAD
 
 
+@pytest.mark.scorecard("R19", "R23")
 def test_another_call_does_not_put_the_deadline_off_but_an_answer_does(health):
     ready(health, 0.0).began(0.0)
     health.began(4.0)
@@ -69,6 +72,7 @@ def test_another_call_does_not_put_the_deadline_off_but_an_answer_does(health):
     assert health.still(8.0) == 2.0
 
 
+@pytest.mark.scorecard("R19", "R24")
 def test_a_suspect_that_comes_to_serves_only_what_is_newest(health):
     ready(health, 0.0).began(0.0)
     assert health.look(6.0) is State.SUSPECT
@@ -80,6 +84,7 @@ def test_a_suspect_that_comes_to_serves_only_what_is_newest(health):
     assert health.state is State.READY
 
 
+@pytest.mark.scorecard("R01")
 def test_the_dead_stay_dead(health):
     ready(health, 0.0).died()
     health.report({"tokens": 1}, 1.0)
@@ -89,6 +94,7 @@ def test_the_dead_stay_dead(health):
     assert health.state is State.DEAD and health.look(2.0) is None
 
 
+@pytest.mark.scorecard("R22")
 def test_a_sync_that_hangs_is_found_out(health):
     ready(health, 0.0).began(0.0)
     health.behind()

@@ -196,7 +196,9 @@ def sizes(source: Path, folder: Path) -> dict[str, list[str]]:
         "label": ["labeler=reward-model", model, f"reward_model={source / 'reward_model/model'}", *prompts,
                   "rollout.cpus_per_actor=0.5", "reward.cpus_per_actor=0.5"],
         "online-preference": [model, "num_rounds=1", *(f"label.{words}" for words in prompts),
-                              *(f"preference.{words}" for words in learner), "label.num_heldout_prompts=4"],
+                              *(f"preference.{words}" for words in learner), "preference.heldout_fraction=0.3",
+                              f"label.heldout_prompts={world / 'prompts_label.parquet'}",
+                              "label.num_heldout_prompts=4", "label.num_prompts=24"],
     }  # fmt: skip
 
 

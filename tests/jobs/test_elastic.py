@@ -60,6 +60,7 @@ def engines_of(job: subprocess.Popen) -> list[psutil.Process]:
     return [child for child in children if child.name().startswith("ray::RolloutAct")]
 
 
+@pytest.mark.scorecard("R01", "R02", tier="full")
 def test_losing_one_engine_changes_nothing_losing_both_ends_it_and_the_same_command_continues(tiny_run, tmp_path):
     source, _ = tiny_run
     run_dir = tmp_path / "run"
@@ -132,6 +133,7 @@ def nodes_of_engines(cluster: Cluster) -> list[psutil.Process]:
     return sorted(found, key=lambda raylet: raylet.create_time())
 
 
+@pytest.mark.scorecard("R13", tier="full")
 def test_engines_come_and_go_with_their_nodes_while_the_job_runs(growing_cluster, tiny_run, tmp_path):
     """No node for an engine: the job waits and says so. One comes, it runs; a second one comes and serves; the node of
     that goes, with what it was at, and the run goes on."""

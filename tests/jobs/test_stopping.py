@@ -45,6 +45,7 @@ def start(seconds: float) -> tuple[subprocess.Popen, psutil.Process]:
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.scorecard("R26", "R27")
 def test_the_first_signal_waits_for_what_must_be_finished(signum, status):
     process, _ = start(0.1)
     process.send_signal(signum)
@@ -52,6 +53,7 @@ def test_the_first_signal_waits_for_what_must_be_finished(signum, status):
     assert output.split() == ["asked", "saved", "clean"] and process.returncode == status
 
 
+@pytest.mark.scorecard("R26", "R68")
 def test_the_second_signal_ends_everything_at_once():
     process, child = start(60)
     process.send_signal(signal.SIGTERM)
@@ -65,6 +67,7 @@ def test_the_second_signal_ends_everything_at_once():
         time.sleep(0.05)
 
 
+@pytest.mark.scorecard("R27")
 def test_without_a_hold_the_first_signal_interrupts():
     code = "import time; from jobs import stopping; stopping.install(); print(1, flush=True); time.sleep(60)"
     process = subprocess.Popen(

@@ -29,6 +29,7 @@ def save(checkpoints: Checkpoints, step: int) -> Path:
     return checkpoints.commit(step, files, {"step": step})
 
 
+@pytest.mark.scorecard("R31")
 def test_the_newest_is_complete_and_old_ones_go(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     assert checkpoints.newest() is None
@@ -43,6 +44,7 @@ def test_the_newest_is_complete_and_old_ones_go(tmp_path):
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [LATEST, "step-000003", "step-000004"]
 
 
+@pytest.mark.scorecard("R31")
 def test_the_oldest_go_when_they_take_too_much_space(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=5, max_gib=3 * SIZE * 2 / 2**30)
     for step in range(1, 6):
@@ -76,6 +78,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.scorecard("R29", "S03")
 def test_what_is_damaged_is_refused_by_name_and_the_one_before_is_used(tmp_path, damage):
     spoil, message = DAMAGE[damage]
     checkpoints = Checkpoints(tmp_path, keep=3)
@@ -89,6 +92,7 @@ def test_what_is_damaged_is_refused_by_name_and_the_one_before_is_used(tmp_path,
     assert checkpoints.newest()[0] == 2 and not list(tmp_path.glob("refused-*"))
 
 
+@pytest.mark.scorecard("R29", "R30", "S03")
 def test_when_all_are_damaged_nothing_starts_over_silently(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3)
     flip(save(checkpoints, 1))
@@ -96,6 +100,7 @@ def test_when_all_are_damaged_nothing_starts_over_silently(tmp_path):
         checkpoints.newest()
 
 
+@pytest.mark.scorecard("R30")
 def test_a_checkpoint_that_is_gone_is_missed(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
@@ -124,6 +129,7 @@ while True:
 """
 
 
+@pytest.mark.scorecard("R08", "R25")
 def test_killed_at_any_moment_the_last_good_one_is_there(tmp_path):
     """Twelve times; with keep=1 the old one must not go before the new one is safe."""
     rng, reached = random.Random(0), 0
@@ -180,6 +186,7 @@ print("survived")
 """
 
 
+@pytest.mark.scorecard("R28")
 def test_a_full_disk_costs_a_save_and_no_checkpoint(tmp_path):
     """On a real filesystem of 8 MiB."""
     mount = f"mount -t tmpfs -o size=8m none {tmp_path}"
@@ -193,6 +200,7 @@ def test_a_full_disk_costs_a_save_and_no_checkpoint(tmp_path):
     assert done.stdout.startswith("no checkpoint of step 3: ") and done.stdout.endswith("survived\n")
 
 
+@pytest.mark.scorecard("R28", "R33")
 def test_a_run_that_cannot_save_again_and_again_stops(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in range(MAX_MISSED):
@@ -203,6 +211,7 @@ def test_a_run_that_cannot_save_again_and_again_stops(tmp_path):
     assert checkpoints.failed(11, "disk full")
 
 
+@pytest.mark.scorecard("R37")
 def test_bytes_that_the_disk_changed_are_noticed_at_once(tmp_path, monkeypatch):
     from rayllm import checkpoints as module
 
@@ -217,6 +226,7 @@ def test_bytes_that_the_disk_changed_are_noticed_at_once(tmp_path, monkeypatch):
     assert error.value.errno == errno.EIO
 
 
+@pytest.mark.scorecard("R29")
 def test_the_manifest_lists_every_file(tmp_path):
     folder = save(Checkpoints(tmp_path, keep=1), 5)
     manifest = json.loads((folder / "manifest.json").read_text())

@@ -119,6 +119,7 @@ def test_the_manifest_names_parents_data_settings_and_every_file(tmp_path, docum
     assert content_id(run.model_dir) == manifest["id"]
 
 
+@pytest.mark.scorecard("R59")
 def test_a_resumed_run_has_every_metric_once(tmp_path, documents):
     run = open_run(tmp_path, documents)
     with run:

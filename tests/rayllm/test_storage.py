@@ -107,6 +107,7 @@ def test_a_finished_run_is_done_on_another_cluster_too(tmp_path, documents, addr
         assert (there / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
 
 
+@pytest.mark.scorecard("R58")
 def test_a_run_continues_on_another_cluster_from_its_newest_whole_checkpoint(tmp_path, documents, address):
     here, there = tmp_path / "here", tmp_path / "there"
     run = Run("tokenizer", loaded(here, documents, address))
@@ -185,6 +186,7 @@ def test_inputs_come_from_storage_and_are_compared_with_what_was_stored(tmp_path
         fetch_inputs(load_config(SftConfig, None, settings))
 
 
+@pytest.mark.scorecard("R33")
 def test_storage_that_is_out_of_reach_stops_a_run_only_after_a_while(tmp_path, documents, monkeypatch):
     address = tmp_path / "nfs"
     run = Run("tokenizer", loaded(tmp_path / "here", documents, str(address)))
