@@ -50,7 +50,7 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-@pytest.mark.scorecard("R03")
+@pytest.mark.scorecard("R03", partly=True)
 def test_a_process_ends_with_all_that_it_started_and_tells_where_it_stood(watched, stopped):
     report, others = watched
     if stopped:
@@ -60,7 +60,7 @@ def test_a_process_ends_with_all_that_it_started_and_tells_where_it_stood(watche
     assert all(gone(pid) for pid in [report.pid, *others])
 
 
-@pytest.mark.scorecard("R04")
+@pytest.mark.scorecard("R04", partly=True)
 def test_what_a_dead_process_left_behind_is_ended_too(watched):
     report, others = watched
     os.kill(report.pid, signal.SIGKILL)
