@@ -183,4 +183,3 @@ class FleetActor(Supervisor[Engine]):
 
     def _is_newest(self, sync: Call) -> bool:
         return self._sync is sync and not self._publishing
-

@@ -30,6 +30,7 @@ STACKS_S = 1.0
 
 END_S = 5.0
 
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """What a watched process says of itself."""

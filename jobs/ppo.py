@@ -34,12 +34,7 @@ from rayllm.data.sources import shown_paths
 from rayllm.data.text import tokenize_documents
 from rayllm.environments.loading import load_environment, make_prompts
 from rayllm.errors import InputError
-from rayllm.models.loading import (
-    check_model_dir,
-    count_stored_parameters,
-    load_tokenizer,
-    max_positions,
-)
+from rayllm.models.loading import check_model_dir, count_stored_parameters, load_tokenizer, max_positions
 from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done, print_preamble, print_where

@@ -11,7 +11,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -135,7 +135,7 @@ class _Starting:
 
     def _run(self) -> None:
         try:
-            with _temporary_files_in(self._folder / "tmp"), _token_in(self._folder / "token"):
+            with _environment(**_for_daemons(self._folder)):
                 # a folder in ours, which stays closed to others: Ray opens its own to everyone
                 ray.init(address="local", include_dashboard=False, _temp_dir=str(self._folder / "r"), **self._settings)
         except BaseException as error:
@@ -161,35 +161,37 @@ def _quiet_libraries(verbose: bool) -> None:
 
 
 @contextmanager
-def _temporary_files_in(folder: Path) -> Iterator[None]:
-    """For processes started meanwhile: vLLM and DeepSpeed leave sockets and files in TMPDIR."""
-    folder.mkdir()
-    before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = str(folder)
+def _environment(**changes: str | None) -> Iterator[None]:
+    """For processes started meanwhile; None: without the variable."""
+    before = {name: os.environ.get(name) for name in changes}
+    _set_environment(changes)
     try:
         yield
     finally:
-        os.environ.pop("TMPDIR")
-        if before is not None:
-            os.environ["TMPDIR"] = before
+        _set_environment(before)
 
 
-@contextmanager
-def _token_in(path: Path) -> Iterator[None]:
-    """Ray's token authentication, on whatever the environment says, for processes started meanwhile; the token lies
-    where only this user reads it. Ray's own way is a file in the home folder that all can read."""
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    before = {name: os.environ.pop(name, None) for name in names}
-    path.touch(mode=0o600)
-    path.write_text(_TOKEN)
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    try:
-        yield  # Ray switches itself to tokens where no mode is set, and looks the token up once
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def _for_daemons(folder: Path) -> dict[str, str | None]:
+    """Variables for a cluster whose files lie in ``folder``.
+
+    Temporary files: vLLM and DeepSpeed leave sockets and files in TMPDIR. Token authentication, on whatever the
+    environment says: Ray switches itself to tokens where no mode is set, and looks the token up once. It lies where
+    only this user reads it; Ray's own way is a file in the home folder that all can read.
+    """
+    temporary, token = folder / "tmp", folder / "token"
+    temporary.mkdir()
+    token.touch(mode=0o600)
+    token.write_text(_TOKEN)
+    return {
+        "TMPDIR": str(temporary), "RAY_AUTH_TOKEN_PATH": str(token), "RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN": None
+    }  # fmt: skip
 
 
 def _stop_cluster(before: set[psutil.Process]) -> None:

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """For imports: what they make stays, and looking through it again and again takes a quarter of their time."""
+    """For imports: what they make stays, and looking through it again and again takes a quarter of their time. May be
+    entered again inside."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if enabled:
+            gc.enable()

@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -192,14 +193,23 @@ class Run:
         """
         folder = self.checkpoints_dir / f"step-{step:06d}"
         stored = self._stored
-        if stored is None or not folder.is_dir():  # a newer one is there already
+        if stored is None:
             return
+        held = self.checkpoints_dir / "storing"
+        shutil.rmtree(held, ignore_errors=True)
+        try:  # the workers go on, and may remove it before all of it is there
+            shutil.copytree(folder, held / folder.name, copy_function=_link)
+        except OSError:
+            if folder.is_dir():
+                raise
+            return  # a newer one is there already
 
         def store() -> None:
             stored.push()
-            stored.push_checkpoint(folder, keep=keep)
+            stored.push_checkpoint(held / folder.name, keep=keep)
 
         self._missed = 0 if self._try_to_store(store) else self._missed + 1
+        shutil.rmtree(held)
         if self._missed > MAX_MISSED:
             raise StorageError(f"{self._missed} copies in a row to storage_path={self.config.storage_path} failed")
 
@@ -296,6 +306,15 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """The record of a run folder, or None."""
     path = folder / "run.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # not on every filesystem
+        shutil.copy2(source, target)
 
 
 def _existing(key: str, path: Path) -> Path:

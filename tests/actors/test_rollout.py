@@ -161,6 +161,15 @@ def make_prompts(vocab_size, lengths):
     ]
 
 
+def check_refuses_while_it_sleeps(local_ray, actor, prompts):
+    awake = generate(local_ray, actor, prompts)
+    local_ray.get(actor.sleep.remote(keep_weights=True))
+    with pytest.raises(RuntimeError, match="the rollout engine sleeps; new weights, or `wake`, come before new work"):
+        generate(local_ray, actor, prompts)
+    local_ray.get(actor.wake.remote())
+    assert generate(local_ray, actor, prompts) == awake
+
+
 def generate(ray, actor, prompts, **changes):
     sampling = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 24, "step": 1, **changes}
     return ray.get(actor.generate.remote(prompts, **sampling))
@@ -564,12 +573,7 @@ def test_the_engine_for_gpus_samples_and_updates_the_same(
         with pytest.raises(RuntimeError, match="weight update refused: missing"):
             local_ray.get(other.update_weights.remote(pack([], version=3)))
         assert {v for r in generate(local_ray, other, prompts) for v in r.policy_versions} == {7}
-        awake = generate(local_ray, other, prompts)
-        local_ray.get(other.sleep.remote(keep_weights=True))
-        with pytest.raises(RuntimeError, match="the rollout engine sleeps"):
-            generate(local_ray, other, prompts)
-        local_ray.get(other.wake.remote())
-        assert generate(local_ray, other, prompts) == awake
+        check_refuses_while_it_sleeps(local_ray, other, prompts)
         local_ray.get(other.sleep.remote())
         assert local_ray.get(other.update_weights.remote(bundles[0])) == 2
         rollouts = generate(local_ray, other, prompts)
@@ -581,12 +585,7 @@ def test_the_engine_for_gpus_samples_and_updates_the_same(
 
 def test_an_engine_that_sleeps_refuses_work_until_it_has_weights(local_ray, actor, models, bundles, prompts):
     """On CPU vLLM frees nothing; what it serves, when, is what it is on a GPU."""
-    awake = generate(local_ray, actor, prompts)
-    local_ray.get(actor.sleep.remote(keep_weights=True))
-    with pytest.raises(RuntimeError, match="the rollout engine sleeps; new weights, or `wake`, come before new work"):
-        generate(local_ray, actor, prompts)
-    local_ray.get(actor.wake.remote())
-    assert generate(local_ray, actor, prompts) == awake
+    check_refuses_while_it_sleeps(local_ray, actor, prompts)
     for _ in range(2):  # as the RL loop does: no weights are kept, new ones wake it
         local_ray.get(actor.sleep.remote())
         with pytest.raises(RuntimeError, match="sleeps without its weights: only new ones wake it"):

@@ -138,6 +138,23 @@ def test_a_run_continues_on_another_cluster_from_its_newest_whole_checkpoint(tmp
     assert checkpoints.newest()[0] == 2 and "step-000003" in checkpoints.refused[0]
 
 
+def test_a_checkpoint_that_goes_while_it_is_copied_arrives_whole(tmp_path, documents, address, monkeypatch):
+    """Workers go on while the driver copies, and remove their older checkpoints."""
+    push = StoredRun.push
+    run = Run("tokenizer", loaded(tmp_path / "here", documents, address))
+
+    def push_slowly(stored: StoredRun) -> None:
+        push(stored)
+        shutil.rmtree(run.checkpoints_dir / "step-000004", ignore_errors=True)
+
+    monkeypatch.setattr(StoredRun, "push", push_slowly)
+    with run:
+        save(Checkpoints(run.checkpoints_dir, keep=2), 4)
+        run.store_checkpoint(4, keep=2)
+    assert StoredRun(f"{address}/tokenizer", tmp_path).steps() == [4]
+    assert list(run.checkpoints_dir.glob("s*")) == []
+
+
 def test_a_fresh_start_leaves_nothing_of_the_run_before(tmp_path, documents, address):
     run = Run("tokenizer", loaded(tmp_path / "here", documents, address))
     with run:
