@@ -173,6 +173,15 @@ class RolloutFleet:
     def _sync(self, call: Call) -> ray.ObjectRef:
         return self._actor.sync.remote(call)
 
+    def begin_again(self) -> None:
+        """Whoever wrote the weights died; the next `sync` comes from another one."""
+        self._collect(self._actor.begin_again.remote())
+
+    def drop(self, references: Sequence[ray.ObjectRef]) -> None:
+        """Nobody wants these pieces any more: engines give them up."""
+        for reference in references:
+            ray.cancel(reference, recursive=True)
+
     def call(self, method: Callable[..., Any], rows: Sequence[tuple[Any, ...]] = (), **kwargs: Any) -> list[Any]:
         """What ``method`` returns on every engine that is up, once the first ones are.
 

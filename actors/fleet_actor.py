@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,9 @@ class Engine(Member):
     reading = False
     """New weights, from where the learner left them."""
 
+    proved = False
+    """It has made a sync, and proved that it serves what it was given."""
+
     def leaves(self) -> str:
         return f"; {self.pieces} unfinished pieces of work go to the others" if self.pieces else ""
 
@@ -57,6 +60,9 @@ class FleetActor(Supervisor[Engine]):
         super().__init__(Engine, blueprint, size, deadlines)
         self._sync: Call | None = None
         self._publishing = False
+        self._sync_failed: Exception | None = None
+        """What kept an engine from making the newest sync; until `begin_again` it ends the run."""
+        self._again = False
         self._served = False
         """Whether any engine ever did: before, one that cannot start is a mistake of whoever asked for it."""
 
@@ -76,7 +82,7 @@ class FleetActor(Supervisor[Engine]):
             await asyncio.to_thread(ray.wait, work, fetch_local=False)
         lost: list[str] = []
         while len(lost) < MAX_LOSSES:
-            await self._until(lambda: bool(self._in(State.READY)))
+            await self._unless_failed(lambda: bool(self._in(State.READY)))
             engine = min(self._in(State.READY), key=lambda e: e.tokens)
             engine.tokens += tokens
             engine.pieces += 1
@@ -95,7 +101,7 @@ class FleetActor(Supervisor[Engine]):
         """Nodes whose engines will read the weights that are published next; None: any may. From now until they are
         announced by `sync` nobody begins to read, for what is read now changes."""
         self._publishing = True
-        await self._until(lambda: not any(engine.reading for engine in self._members.values()))
+        await self._unless_failed(lambda: not any(engine.reading for engine in self._members.values()))
         if self._size.most > self._size.start:
             return None
         role, nodes = self._blueprint.role, await asyncio.to_thread(ray.nodes)
@@ -111,12 +117,18 @@ class FleetActor(Supervisor[Engine]):
         if not self._served:
             await self.started()
         self._sync, self._publishing = call, False
-        serving = self._in(State.READY, State.SUSPECT) if self._served else self._up()
+        known = self._served and not self._again
+        serving, self._again = self._in(State.READY, State.SUSPECT) if known else self._up(), False
         for engine in self._members.values():
             engine.health.behind()
         self._changed()
-        await self._until(lambda: not any(engine.state is State.SYNCING for engine in serving))
+        await self._unless_failed(lambda: not any(engine.state is State.SYNCING for engine in serving))
         return len(self._in(State.READY))
+
+    async def begin_again(self) -> None:
+        """Whoever writes the weights died, perhaps over the newest sync, and another one will write them. Until then no
+        engine reads; what a sync came to is forgotten."""
+        self._publishing, self._sync_failed, self._again = True, None, True
 
     async def each(self, method: str, rows: Sequence[tuple[Any, ...]], kwargs: Mapping[str, Any]) -> list[Any]:
         """A method of every engine that is up, in their order; of one that is lost meanwhile nothing."""
@@ -150,36 +162,44 @@ class FleetActor(Supervisor[Engine]):
             self._changed()
             while True:
                 await self._until(lambda made=done: not self._publishing and self._sync is not made)  # type: ignore[misc]
-                done = await self._synced(engine, first=done is None) or done
+                done = await self._synced(engine) or done
         except Lost:
             if engine.could_not_start and not self._served:
                 raise RuntimeError(f"an engine could not start: {engine.could_not_start}") from None
 
-    async def _synced(self, engine: Engine, *, first: bool) -> Call | None:
-        """The sync that the engine has made; None if it must be made again, for what it read was being replaced."""
+    async def _synced(self, engine: Engine) -> Call | None:
+        """The sync that the engine has made, or that failed; None if it must be made again, for what it read was being
+        replaced."""
         sync = self._sync
         assert sync is not None
         engine.reading = True
         try:
             await engine.call(sync)
-            if first:  # the others prove it while they sample, and hand nothing out before
+            if not engine.proved:  # the others prove it while they sample, and hand nothing out before
                 await engine.call(Call("proved"))
         except Lost:
             raise
-        except Exception:
+        except Exception as error:
             if self._is_newest(sync):
-                raise
+                self._sync_failed = self._sync_failed or error
+                return sync
         finally:
             engine.reading = False
             self._changed()
         if not self._is_newest(sync):
             return None
-        if first and engine.number >= self._size.start:
+        if not engine.proved and engine.number >= self._size.start:
             self._say(f"engine {engine.number} serves: it has the policy's weights, proved")
+        engine.proved = True
         engine.health.synced()
         self._served = True
         self._changed()
         return sync
+
+    async def _unless_failed(self, condition: Callable[[], bool]) -> None:
+        await self._until(lambda: self._sync_failed is not None or condition())
+        if self._sync_failed is not None:
+            raise self._sync_failed
 
     def _is_newest(self, sync: Call) -> bool:
         return self._sync is sync and not self._publishing

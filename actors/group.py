@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.environment import worker_env
@@ -23,6 +24,10 @@ OUT_OF_MEMORY = "running low on memory"
 PIECES = 4
 """Calls into which `ActorGroup.map_pieces` divides a rank's rows: the actor works while later rows are on their way,
 and many rows do not cost as many calls."""
+
+
+FIND_S, TOGETHER_S = 30.0, 1.0
+"""How long `find_lost` waits for busy actors: until one is found lost, and after that for those that went with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,51 @@ class ActorGroup(Generic[ActorT]):
         """End the processes."""
         for actor in self._actors:
             ray.kill(actor)
+
+    def renew(self) -> None:
+        """End the processes and start others on their seats; what the old ones were asked for fails."""
+        self.stop()
+        self._actors = [self._start(rank) for rank in range(self.role.num_actors)]
+
+    def held(self) -> bool:
+        """Whether its seats are there: those of a node that went are sought anew, as long as no other node has room."""
+        if self._seats is None:
+            return True
+        return bool(placement_group_table(self._seats.group)["state"] == "CREATED")
+
+
+def find_lost(groups: Sequence[ActorGroup[Any]]) -> dict[str, str]:
+    """Role -> which of its actors ended, and how. Who is busy is asked for at most `FIND_S`: a process that has just
+    ended looks like that, too."""
+    asked = {
+        actor.__ray_ready__.remote(): (group.role.name, rank)
+        for group in groups
+        for rank, actor in enumerate(group._actors)
+    }
+    found: dict[str, str] = {}
+    pending, deadline = list(asked), time.monotonic() + FIND_S
+    while pending and (left := deadline - time.monotonic()) > 0:
+        done, pending = ray.wait(pending, timeout=left)
+        for reference in done:
+            try:
+                ray.get(reference)
+            except RayActorError as error:
+                role, rank = asked[reference]
+                found.setdefault(role, f"rank {rank}: {end_of(error)}")
+                deadline = min(deadline, time.monotonic() + TOGETHER_S)
+    return found
+
+
+def end_of(error: RayActorError) -> str:
+    """How an actor ended."""
+    if OUT_OF_MEMORY in str(error):
+        return "the node was out of memory"
+    return last_line(error)
+
+
+def last_line(error: BaseException) -> str:
+    """Without what Ray guesses."""
+    return str(error).strip().splitlines()[-1].split(" Some common causes")[0].strip()
 
 
 def whereabouts(self: Any) -> tuple[str, list[str]]:

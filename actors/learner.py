@@ -16,6 +16,7 @@ import torch
 from actors.environment import backend, device_of
 from actors.scoring import per_token_in_parts, select
 from actors.weight_group import open_store
+from actors.weights import digest
 from rayllm import faults
 from rayllm.checkpoints import Files
 from rayllm.config.ppo import PPOConfig
@@ -169,6 +170,10 @@ class LearnerActor:
         self.engine.reload_states()
         yield
         self.rest()
+
+    def digest(self) -> str:
+        """Of all weights; every rank must be called."""
+        return digest(self.engine.named_tensors())
 
     def checkpoint_bytes(self) -> int:
         """Of all ranks' parts, about."""

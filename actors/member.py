@@ -14,7 +14,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.environment import worker_env
-from actors.group import root_cause
+from actors.group import last_line, root_cause
 from actors.health import Deadlines, Health, State
 from actors.watched import Report, end_process
 from rayllm.errors import EngineStopped
@@ -97,16 +97,16 @@ class Member:
         self.health.began(self._clock())
         reference = getattr(self._handle, call.method).remote(*call.args, **call.kwargs)
         answer = asyncio.ensure_future(_answer(reference))
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # also when nobody asks any more
         try:
             await asyncio.wait((answer, self._gone), return_when=asyncio.FIRST_COMPLETED)
             if not self._gone.done():
                 return answer.result()
-            answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks any more
         except RayActorError as error:
             if error.actor_id != self._handle._actor_id.hex():  # it stands for an argument of the call
                 raise
-            self.could_not_start = _last_line(error) if error.actor_init_failed else None
-            self.lose(f"its process ended: {_last_line(error)}")
+            self.could_not_start = last_line(error) if error.actor_init_failed else None
+            self.lose(f"its process ended: {last_line(error)}")
         except ObjectLostError:
             self.lose("its answer was lost with its node")
         except RayTaskError as error:
@@ -151,8 +151,3 @@ class Member:
 
 async def _answer(reference: Any) -> Any:
     return await reference
-
-
-def _last_line(error: BaseException) -> str:
-    """Without what Ray guesses."""
-    return str(error).strip().splitlines()[-1].split(" Some common causes")[0].strip()

@@ -7,7 +7,7 @@ import torch
 from actors.environment import device_of
 from actors.publishing import Published
 from actors.scoring import mean_nats, per_token
-from actors.weights import unpack
+from actors.weights import digest, unpack
 from rayllm import faults
 from rayllm.algorithms.logprobs import token_logprobs
 from rayllm.data.experience import Experience
@@ -30,6 +30,10 @@ class ReferenceActor:
         """(B, T) nats at the sampling temperature."""
         logprobs = per_token(shard, self.micro_batch_size, self.device, self._logprobs)
         return faults.reach("reference.logprobs", logprobs)
+
+    def digest(self) -> str:
+        """Of all weights."""
+        return digest(self.model.named_parameters())
 
     @torch.no_grad()
     def move(self, weights: Published, *, ema: float) -> None:

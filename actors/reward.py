@@ -9,6 +9,7 @@ import torch
 
 from actors.environment import device_of
 from actors.scoring import micro_batches
+from actors.weights import digest
 from rayllm.algorithms.ensembles import combine_ensemble
 from rayllm.data.experience import Experience
 from rayllm.data.padding import pad_right
@@ -40,6 +41,11 @@ class RewardActor:
         self.uncertainty, self.uncertainty_coef, self.standard = uncertainty, uncertainty_coef, standard
         folders = [model] if isinstance(model, str) else model
         self.models = [ScalarModel.from_folder(folder).to(self.device).eval() for folder in folders]
+
+    def digest(self) -> str:
+        """Of all weights."""
+        named = enumerate(self.models)
+        return digest((f"{index}.{name}", p) for index, model in named for name, p in model.named_parameters())
 
     def score(self, shard: Experience) -> torch.Tensor:
         """(B,) float32: of an ensemble with what its disagreement takes off."""

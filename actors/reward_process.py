@@ -9,6 +9,7 @@ import torch
 
 from actors.environment import device_of
 from actors.scoring import per_token
+from actors.weights import digest
 from rayllm.config.reward import ProcessSource
 from rayllm.data.experience import Experience
 from rayllm.data.samples import Failed
@@ -33,6 +34,10 @@ class ProcessScorer:
                 "one with `rayllm process-reward-model`"
             )
         self.finder = StepFinder(load_tokenizer(source.model), separator)
+
+    def digest(self) -> str:
+        """Of all weights."""
+        return digest(self.model.named_parameters())
 
     def score(self, shard: Experience, _: Any) -> list[list[float] | Failed]:
         scores = per_token(

@@ -72,6 +72,12 @@ class SourceActor:
         if isinstance(self.scorer, Child):
             await self.scorer.start()
 
+    async def digest(self) -> str:
+        """Of the weights of its models; of a source without models nothing."""
+        if isinstance(self.scorer, ModelScorer):
+            return await asyncio.to_thread(self.scorer.actor.digest)
+        return "" if not isinstance(self.source, ProcessSource) else await asyncio.to_thread(self.scorer.digest)
+
     async def scores(self, shard: Experience, rows: list[Row] | None = None) -> Scores:
         """Of every response of the shard.
 

@@ -181,6 +181,15 @@ def verify(bundle: WeightBundle) -> None:
         )
 
 
+def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """xxh3-128 of names and weights, in hex."""
+    found = xxhash.xxh3_128()
+    for name, tensor in named_tensors:
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def check_shapes(
     shapes: dict[str, tuple[int, ...]],
     *,

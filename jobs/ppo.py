@@ -20,6 +20,7 @@ from actors.placement import reserve, where
 from actors.policy import PolicyActor
 from jobs.judging import check_world_rows
 from jobs.ppo_batches import Batches
+from jobs.ppo_recovery import Recovery
 from jobs.ppo_rewards import ShardScores, check_reader, check_rows, check_sources
 from jobs.ppo_roles import Roles
 from jobs.ppo_watch import SHOWN, Controls, Watch, teller
@@ -142,10 +143,14 @@ def run(loaded: Loaded[PPOConfig], console: Console, *, verbose: bool = False) -
                     console.print(startup_line(started), highlight=False)
                     batches, controls = Batches(roles, prompts, config), Controls(config)
                     watch = Watch(job, config, roles, batches, controls, progress, held_out, tokenizer)
-                    watch.resume({f"startup/{name}": value for name, value in started.items()})
-                    with watch.saved_on_stop():
+                    recovery = Recovery(watch, {f"startup/{name}": value for name, value in started.items()})
+
+                    def learn() -> None:
                         train(roles, batches, controls, config, watch)
-                roles.export(job)
+                        roles.export(job)
+
+                    with watch.saved_on_stop():
+                        recovery.run(learn)
         job.finish(watch.last, model_parameters=count_stored_parameters(job.model_dir))
         print_done(console, job, {name: value for name, value in watch.last.items() if name in SHOWN})
     return job

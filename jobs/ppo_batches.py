@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import ray
@@ -54,6 +54,9 @@ class Batches:
         """Steps whose prompts were drawn."""
         self._waiting: list[Part] = []
         self._ahead: list[Shard] = []
+        self._taken: list[Shard] = []
+        self._position = self.stream.position
+        """Of the prompts, when the last step was taken."""
 
     def take(self, step: int) -> tuple[list[Any], list[ShardScores]]:
         """References of the step's experience and scores, shard by shard. Later ones are begun as well."""
@@ -65,8 +68,15 @@ class Batches:
         count = self.config.num_shards
         if self.config.rollout.cut_tail:
             self._sort_by_completion(step, count)
-        taken, self._ahead = self._ahead[:count], self._ahead[count:]
-        return [shard.experience for shard in taken], [shard.scores for shard in taken]
+        self._taken, self._ahead = self._ahead[:count], self._ahead[count:]
+        self._position = self.stream.position
+        return [shard.experience for shard in self._taken], [shard.scores for shard in self._taken]
+
+    def put_back(self) -> None:
+        """The step that was taken last begins again, on the same responses; all that is under way is scored anew."""
+        shards, self._taken, self.stream.position = [*self._taken, *self._ahead], [], self._position
+        scores = self.roles.reward.score([shard.experience for shard in shards])
+        self._ahead = [replace(shard, scores=anew) for shard, anew in zip(shards, scores, strict=True)]
 
     def more(self, counts: list[int], step: int) -> list[Any]:
         """References of experience on fresh prompts, one shard for each count."""
@@ -83,7 +93,7 @@ class Batches:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on after a checkpoint.
+        """Go on after a checkpoint. What is under way is given up.
 
         Raises:
             RuntimeError: what was under way is cut for other numbers of ranks.
@@ -94,6 +104,8 @@ class Batches:
                 f"actors make {self.config.num_shards}; continue with the same policy.num_actors, critic.num_actors "
                 "and rollout.num_actors (any will do with max_policy_lag=0)"
             )
+        self.roles.rollout.drop([shard.experience for shard in [*self._taken, *self._ahead]])
+        self._taken, self._ahead = [], []
         epoch, taken = state["prompts"]
         self.stream.position = (epoch, taken)
         self._drawn = state["drawn"]

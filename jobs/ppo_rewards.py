@@ -60,10 +60,6 @@ class RewardGroups:
             )
         return cls(config.reward, groups)
 
-    def setup(self) -> dict[str, list[Any]]:
-        """Role name -> references that are done when its actors can score."""
-        return {group.role.name: group.submit(SourceActor.setup) for group in self.groups.values()}
-
     def score(self, shards: list[Any], rows: Any = None) -> list[ShardScores]:
         """Of every shard; ``rows`` (a reference) where its prompts are not the training ones."""
         given = {} if rows is None else {"rows": rows}

@@ -21,9 +21,10 @@ from actors.fleet import (
 from actors.group import ActorGroup, Role, Seats, collect
 from actors.learner import LearnerActor
 from actors.member import Call
-from actors.placement import Placed, Placement
+from actors.placement import LEARNERS, Placed, Placement
 from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
+from actors.reward_source import SourceActor
 from actors.rollout import RolloutActor, Sent
 from actors.weight_group import Seat
 from jobs.ppo_rewards import RewardGroups
@@ -96,11 +97,8 @@ class Roles:
             ),
             reward=RewardGroups.start(config, prompts, placement),
         )
-        roles.setups.update(roles.reward.setup())
         roles.setups["rollout"] = [roles.rollout.started()]
-        for group, method in ((roles.policy, PolicyActor.setup), (roles.critic, CriticActor.setup)):
-            if group is not None:
-                roles.setups[group.role.name] = group.submit(method, group.submit(PolicyActor.address, rank=0)[0])
+        roles.setups.update({name: setup(group) for name, group in roles.models.items()})
         return roles
 
     def wait(self) -> dict[str, float]:
@@ -124,8 +122,13 @@ class Roles:
     @property
     def groups(self) -> list[Placed]:
         """All of them."""
-        groups = [self.policy, self.critic, self.reference, *self.reward.groups.values(), self.rollout]
-        return [group for group in groups if group is not None]
+        return [*self.models.values(), self.rollout]
+
+    @property
+    def models(self) -> dict[str, ActorGroup[Any]]:
+        """Role -> group, of all but the engines."""
+        groups = [self.policy, self.critic, self.reference, *self.reward.groups.values()]
+        return {group.role.name: group for group in groups if group is not None}
 
     @property
     def takes_turns(self) -> bool:
@@ -264,7 +267,8 @@ class Roles:
         return files
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint. The engines then want its weights (`sync_weights`)."""
+        """Continue from a checkpoint, also with learners that have learned since. The engines then want its weights
+        (`sync_weights`)."""
         self.sleep_engines()
         loads = self.policy.submit(PolicyActor.load, str(folder / "policy"))
         if self.critic is not None:
@@ -279,6 +283,13 @@ class Roles:
         self.policy.call(PolicyActor.export, str(job.model_dir.absolute()))
         if self.critic is not None:
             self.critic.call(CriticActor.export, str((job.dir / "critic").absolute()))
+
+
+def setup(group: ActorGroup[Any]) -> list[Any]:
+    """Make the actors of a group ready; returns references that are done by then. A reference is, as it starts."""
+    if group.role.name in LEARNERS:
+        return group.submit(PolicyActor.setup, group.submit(PolicyActor.address, rank=0)[0])
+    return [] if group.role.name == "reference" else group.submit(SourceActor.setup)
 
 
 def _start_engines(config: PPOConfig, prompts: PromptData, seats: Seats) -> RolloutFleet:

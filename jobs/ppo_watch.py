@@ -130,6 +130,8 @@ class Watch:
         self.first_step = 0
         self._boundary: dict[str, Any] | None = None
         """What a checkpoint needs beside the learners: as it was when the last step ended."""
+        self._start = self._state(0)
+        self._learning = False
         self.last: dict[str, float] = {}
         self._times: dict[str, float] = {}
         self._alarming = 0
@@ -159,11 +161,38 @@ class Watch:
         self._boundary = self._state(step)
         if step % self.config.checkpoint.every_steps == 0 or step == self.config.num_steps:
             self._save(self._boundary)
+        self._learning = False
         stopping.release()
 
     def learning(self) -> None:
         """From here on the weights change: the step is finished, up to `after`, before a signal ends the run."""
+        self._learning = True
         stopping.hold()
+
+    @property
+    def unlearned(self) -> bool:
+        """Whether policy and critic are as they were when the step under way began."""
+        return self._boundary is not None and not self._learning
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        assert self._boundary is not None
+        return int(self._boundary["step"])
+
+    def step_again(self) -> None:
+        """The step under way begins again, with all as it was."""
+        assert self._boundary is not None
+        self.controls.load(self._boundary)
+        self.batches.put_back()
+        self.first_step = self.step
+
+    def forget_step(self) -> None:
+        """The learners are lost, or in the middle of a step: what they hold is of no use to a checkpoint."""
+        self._boundary = None
+        if self._learning:
+            self._learning = False
+            stopping.release()
 
     @contextmanager
     def saved_on_stop(self) -> Iterator[None]:
@@ -175,7 +204,10 @@ class Watch:
             with stopping.held():
                 if state is not None and state["step"] not in self.checkpoints.steps() and cluster_lives():
                     self.roles.rollout.stop()  # what is being sampled is drawn again; nobody waits for it
-                    self._save(state)
+                    try:
+                        self._save(state)
+                    except RuntimeError as error:  # who is to save may be who was lost
+                        self.tell(f"no checkpoint of step {state['step']}: {error}")
             raise
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -188,11 +220,12 @@ class Watch:
             folder = self.checkpoints.prepare(step, self.roles.checkpoint_bytes())
             self.checkpoints.commit(step, self.roles.save(folder), state)
         except OSError as error:
-            self._tell(self.checkpoints.failed(step, str(error)))
+            self.tell(self.checkpoints.failed(step, str(error)))
         else:
             self.job.store_checkpoint(step, keep=self.config.checkpoint.keep)
 
-    def _tell(self, note: str) -> None:
+    def tell(self, note: str) -> None:
+        """A line for people: on the screen and in events.jsonl."""
         self.job.note(note)
         self.progress.console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False, soft_wrap=True)
 
@@ -247,24 +280,22 @@ class Watch:
         """Continue from the newest checkpoint, or measure the start; ``startup`` is logged with it."""
         refused = self.job.fetch_checkpoint()
         found = self.checkpoints.newest()
+        self.last, self._alarming = {}, 0
         try:
             self.checkpoints.require_room(self.roles.checkpoint_bytes())
         except OSError as error:
             raise RuntimeError(str(error)) from None
         for note in refused + self.checkpoints.refused:
-            self._tell(note)
-        if found is None:
-            self.job.rewind(-1)
-            self.roles.sync_weights(version=0)
-            self.job.log(0, startup | self.evaluate())
-            self._boundary = self._state(0)
-            return
-        step, folder = found
-        state = read_state(folder)
-        self.roles.load(folder)
+            self.tell(note)
+        step, folder = found or (0, None)
+        state = self._start if folder is None else read_state(folder)
+        if folder is not None:
+            self.roles.load(folder)
         self.controls.load(state)
-        self.job.rewind(step)
-        self.roles.sync_weights(version=step)
         self.batches.load(state)
+        self.job.rewind(step if found else -1)
+        self.roles.sync_weights(version=step)
+        if folder is None:
+            self.job.log(0, startup | self.evaluate())
         self.first_step = step
         self._boundary = state

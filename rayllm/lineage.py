@@ -18,7 +18,7 @@ from rayllm.errors import InputError
 MANIFEST = "lineage.json"
 INDIFFERENT = {
     "run_dir", "storage_path", "overwrite", "placement", "checkpoint", "workers", "num_actors", "cpus_per_actor",
-    "gpus_per_actor", "zero_stage", "offload_optimizer", "offload_parameters",
+    "gpus_per_actor", "zero_stage", "offload_optimizer", "offload_parameters", "recovery",
 }  # fmt: skip
 """Settings, wherever they stand in a config, that do not decide a run's result: where it runs and what it keeps."""
 

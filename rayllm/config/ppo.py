@@ -20,6 +20,7 @@ from rayllm.config.rl import (
     PPOPlacementConfig,
     PPORolloutConfig,
     PtxConfig,
+    RecoveryConfig,
     ReferenceConfig,
     ShapingConfig,
 )
@@ -77,6 +78,7 @@ class PPOConfig(DataJobConfig):
     reward: RewardConfig = RewardConfig()
     rollout: PPORolloutConfig = PPORolloutConfig()
     placement: PPOPlacementConfig = PPOPlacementConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig(every_steps=10)
 

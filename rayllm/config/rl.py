@@ -266,6 +266,14 @@ class PPORolloutConfig(RolloutConfig, FleetConfig):
         return self
 
 
+class RecoveryConfig(Config):
+    """Models that fail while the run goes on."""
+
+    max_rebuilds: int = Field(5, ge=0)
+    """Times within an hour that policy, critic, reference or a source of rewards may be started anew inside the run
+    because a process of theirs ended. One more ends the run with status 3, its last checkpoint whole."""
+
+
 class EvalConfig(Config):
     prompts: Path | None = None
     """Held-out prompts for the periodic evaluation; null for none."""

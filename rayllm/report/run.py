@@ -154,7 +154,7 @@ class Run:
         path = self.dir / "events.jsonl"
         if path.is_file():
             lines = [line for line in path.read_text().splitlines() if _complete(line)]
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+            kept = [line for line in lines if json.loads(line).get("step", step) <= step]
             write_text(path, "".join(line + "\n" for line in kept))
             known = [json.loads(line) for line in kept]
             logged = [(event["step"], event["metrics"]) for event in known if "metrics" in event]

@@ -1,0 +1,152 @@
+"""When a process of a model dies under an RL run: its group is rebuilt inside the job, and the loop goes on.
+
+Policy and critic go back together, by the code that resumes a run: to the newest checkpoint that is whole, or to where
+they started. Prompts, metrics and the engines' weights go back with them, so that the run ends as an undisturbed one.
+A reference or a source of rewards has nothing to lose: only the step begins again, on the responses that are there.
+Whoever is started anew must have the weights that it had at the first start. Engines are none of this: ``fleet.py``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+
+from actors.group import ActorGroup, collect, find_lost
+from actors.learner import LearnerActor
+from actors.placement import LEARNERS
+from actors.supervisor import BUDGET_S, PLACE_S
+from jobs.ppo_roles import setup
+from jobs.ppo_watch import Watch
+from rayllm.errors import FleetExhausted
+
+LOOK_S = 0.5
+CONTINUES = "The last checkpoint is intact: the same command continues"
+
+
+class Recovery:
+    """Of one run, from the moment that its roles are ready."""
+
+    def __init__(self, watch: Watch, startup: Mapping[str, float]) -> None:
+        """
+        Args:
+            startup: logged with the metrics of the start.
+        """
+        self._watch, self._roles, self._config = watch, watch.roles, watch.config
+        self._startup = dict(startup)
+        digests = {name: group.submit(LearnerActor.digest) for name, group in self._roles.models.items()}
+        self._digests = {name: collect(found, name) for name, found in digests.items()}
+        self._lost: set[str] = set()
+        """Roles that are to be started anew."""
+        self._behind = True
+        """Policy and critic are not where the run is."""
+        self._rebuilds: list[float] = []
+
+    def run(self, train: Callable[[], None]) -> None:
+        """Train to the end: from the newest checkpoint on, and again after every loss.
+
+        Raises:
+            FleetExhausted: something was lost for which nothing can be started any more.
+            RuntimeError: what ``train`` raised, with all processes alive.
+        """
+        while True:
+            try:
+                self._rebuild()
+                if self._behind:
+                    self._watch.resume(self._startup)
+                    self._behind = False
+                return train()
+            except FleetExhausted:
+                raise
+            except RuntimeError as error:
+                lost = find_lost(list(self._roles.models.values()))
+                if not lost:
+                    raise
+                self._account(lost, error)
+
+    @property
+    def _changing(self) -> set[str]:
+        """Roles whose weights change in the run."""
+        moves = {"reference"} if self._config.reference.update_every is not None else set()
+        return (moves | set(LEARNERS)) & self._roles.models.keys()
+
+    def _account(self, lost: Mapping[str, str], error: RuntimeError) -> None:
+        """Decide what becomes of the run."""
+        told = "; ".join(f"{role} is lost, {how}" for role, how in lost.items())
+        self._watch.tell(told)
+        self._check(told, error)
+        self._lost |= lost.keys()
+        if self._watch.unlearned and not self._lost & self._changing and not self._behind:
+            self._watch.tell(f"{_names(lost)} starts anew; step {self._watch.step + 1} begins again")
+            return
+        self._watch.forget_step()
+        self._behind = True
+        steps = self._watch.checkpoints.steps()
+        if not steps:
+            self._lost |= self._changing
+        where = f"the checkpoint of step {steps[-1]}" if steps else "the start"
+        self._watch.tell(f"{_names(self._lost)} starts anew; the run goes back to {where}")
+
+    def _check(self, told: str, error: RuntimeError) -> None:
+        """Whether anything may be started anew."""
+        rollout, placement, now = self._config.rollout, self._config.placement, time.monotonic()
+        self._rebuilds = [when for when in self._rebuilds if now - when < BUDGET_S]
+        allowed, reason = self._config.recovery.max_rebuilds, None
+        if len(self._rebuilds) >= allowed:
+            reason = f"the rebuilds of an hour (recovery.max_rebuilds={allowed}) are used up"
+        elif placement.mode == "colocated" or rollout.weight_transfer != "memory":
+            modes = f"placement.mode={placement.mode} and rollout.weight_transfer={rollout.weight_transfer}"
+            reason = f"with {modes} nobody can be replaced"
+        if reason:
+            raise FleetExhausted(f"{told}: {reason}. {CONTINUES}") from error
+        self._rebuilds.append(now)
+
+    def _rebuild(self) -> None:
+        """Start anew what was lost, and let the step begin again if that is all there is to do."""
+        if not self._lost:
+            return
+        began = time.monotonic()
+        groups = {name: group for name, group in self._roles.models.items() if name in self._lost}
+        for group in groups.values():
+            group.renew()
+        if "policy" in groups:
+            self._roles.rollout.begin_again()
+        self._wait_for_places(groups)
+        for name, group in groups.items():
+            ready = setup(group)
+            found = group.submit(LearnerActor.digest)
+            collect(ready, name)
+            self._compare(name, collect(found, name))
+        self._watch.tell(f"{_names(groups)} is back after {time.monotonic() - began:.1f} s")
+        self._lost.clear()
+        if not self._behind:
+            self._watch.step_again()
+
+    def _wait_for_places(self, groups: Mapping[str, ActorGroup[Any]]) -> None:
+        """Where a node went, others must have room, or come in time."""
+        limit = max(self._config.placement.wait_s, PLACE_S)
+        deadline = time.monotonic() + limit
+        while homeless := [group for group in groups.values() if not group.held()]:
+            if time.monotonic() > deadline:
+                needs = ", ".join(
+                    f"{g.role.name} {g.role.num_actors} x {g.role.cpus:g} CPU, {g.role.gpus:g} GPU" for g in homeless
+                )
+                free = ray.available_resources()
+                have = ", ".join(f"{free.get(unit, 0):g} {unit}" for unit in ("CPU", "GPU"))
+                raise FleetExhausted(f"no place was found within {limit:g} s for {needs}; free are {have}. {CONTINUES}")
+            time.sleep(LOOK_S)
+
+    def _compare(self, name: str, found: list[str]) -> None:
+        """Raise RuntimeError unless a role has the weights that it started from first."""
+        first = self._digests[name]
+        if found != first:
+            raise RuntimeError(
+                f"{name} has other weights than at the first start of the run (xxh3 {found[0]}, then {first[0]}): its "
+                "model folder was changed meanwhile"
+            )
+
+
+def _names(roles: Mapping[str, Any] | set[str]) -> str:
+    return " with ".join(sorted(roles))
