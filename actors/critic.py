@@ -43,6 +43,7 @@ class CriticActor(LearnerActor):
     def update(self, *shards: Experience, step: int) -> dict[str, float]:
         """Regress on the returns; returns metrics."""
         faults.reach("critic.update", rank=self.rank)
+        self.begin_update(step)
         experience, step_experience = self.joined(shards), concat(list(shards))
         variance = explained_variance(
             step_experience.values, step_experience.returns, step_experience.action_mask

@@ -78,15 +78,22 @@ class ActorGroup(Generic[ActorT]):
             seats: what is held for them; None: wherever there is room.
         """
         self.role, self._cls, self._arguments, self._seats = role, cls, arguments, seats
-        methods = {"__init__": constructor(cls), "each": _each, "whereabouts": whereabouts}
-        self._remote_cls: Any = ray.remote(type(cls.__name__, (cls,), methods))
+        self._remote_cls: Any = ray.remote(type(cls.__name__, (cls,), self._methods()))
         self._actors = [self._start(rank) for rank in range(role.num_actors)]
+
+    def _methods(self) -> dict[str, Any]:
+        """What the actors have beside or in place of the methods of their class."""
+        return {"__init__": constructor(self._cls), "each": _each, "whereabouts": whereabouts}
+
+    def _arguments_of(self, rank: int) -> dict[str, Any]:
+        """Of the constructor."""
+        return self._arguments(rank)
 
     def _start(self, rank: int) -> Any:
         """The actor of a rank."""
         seat = {} if self._seats is None else self._seats.options(rank)
         options = {**actor_options(self.role, self._cls), **seat}
-        return self._remote_cls.options(**options).remote(**self._arguments(rank))
+        return self._remote_cls.options(**options).remote(**self._arguments_of(rank))
 
     def whereabouts(self) -> list[tuple[str, list[str]]]:
         """Of every rank: Ray's id of its node, and of the GPUs that it has there."""
@@ -197,7 +204,7 @@ def actor_options(role: Role, cls: type) -> dict[str, Any]:
     return {
         "num_cpus": role.cpus,
         "num_gpus": role.gpus,
-        "max_concurrency": 1000 if _is_async(cls) else 1,
+        "max_concurrency": 1000 if is_async(cls) else 1,
         "runtime_env": {"env_vars": worker_env(role.gpus)},
     }
 
@@ -262,7 +269,8 @@ def _last_line(error: RayTaskError) -> str:
     return f"{type(cause).__name__}: {cause}" if cause is not None else str(error).strip().splitlines()[-1]
 
 
-def _is_async(cls: type) -> bool:
+def is_async(cls: type) -> bool:
+    """Whether Ray runs its actors on an event loop."""
     import inspect
 
     return any(inspect.iscoroutinefunction(getattr(cls, name)) for name in dir(cls))

@@ -13,6 +13,7 @@ import numpy as np
 import ray
 import torch
 
+from actors.counters import count
 from actors.environment import backend, device_of
 from actors.scoring import per_token_in_parts, select
 from actors.weight_group import open_store
@@ -34,6 +35,8 @@ class LearnerActor:
         self.rank, self.world_size = rank, world_size
         self.config, self.role = config, role
         self.engine: Engine
+        self._step: int | None = None
+        """Of the last update that was begun."""
         self._listener: socket.socket | None = None
 
     def address(self) -> tuple[str, int]:
@@ -153,8 +156,13 @@ class LearnerActor:
         Raises:
             RuntimeError: too many steps in a row were not finite; names the prompts of the last one.
         """
+
+        def counted(part: Any) -> torch.Tensor:
+            count("parts")
+            return loss(part)
+
         try:
-            return self.engine.update(parts, loss, learning_rate=learning_rate)
+            return self.engine.update(parts, counted, learning_rate=learning_rate)
         except TooManySkipped as error:
             prompts = sorted({prompt for part in batch for prompt in part.prompt_ids.tolist()})
             raise RuntimeError(f"{error}; prompts of this rank in the last one: {prompts}") from error
@@ -170,6 +178,14 @@ class LearnerActor:
         self.engine.reload_states()
         yield
         self.rest()
+
+    def begin_update(self, step: int) -> None:
+        """From here on the weights may change."""
+        self._step = step
+
+    def has_begun(self, step: int) -> bool:
+        """Whether this step's update was begun here, finished or not."""
+        return self._step == step
 
     def digest(self) -> str:
         """Of all weights; every rank must be called."""
@@ -188,6 +204,7 @@ class LearnerActor:
     def load(self, folder: str) -> None:
         """Continue from a checkpoint."""
         faults.reach("learner.load", Path(folder), rank=self.rank)
+        self._step = None
         with self.turn():
             self.engine.load(Path(folder))
 

@@ -132,21 +132,25 @@ class Member:
     async def bury(self) -> tuple[str, bool]:
         """End what is left of a lost one, children and all; returns where its threads stood, and whether its node
         is still there."""
-        stacks, node_lives = "", True
-        if self.report is not None:
-            there = NodeAffinitySchedulingStrategy(self.report.node, soft=False)
-            settings: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
-            end: Any = ray.remote(end_process).options(**settings, runtime_env={"env_vars": worker_env(0)})
-            try:
-                stacks = await asyncio.wait_for(_answer(end.remote(self.report)), BURIAL_S)
-            except (TimeoutError, RayError):
-                node_lives = False
+        found = ("", True) if self.report is None else await bury(self.report)
         self.kill()
-        return stacks, node_lives
+        return found
 
     def kill(self) -> None:
         """Ray's own way, which reaches an actor that has no place yet too."""
         ray.kill(self._handle)
+
+
+async def bury(report: Report) -> tuple[str, bool]:
+    """`end_process` on the process's own node; returns where its threads stood, and whether that node is still there.
+    """
+    there = NodeAffinitySchedulingStrategy(report.node, soft=False)
+    settings: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+    end: Any = ray.remote(end_process).options(**settings, runtime_env={"env_vars": worker_env(0)})
+    try:
+        return await asyncio.wait_for(_answer(end.remote(report)), BURIAL_S), True
+    except (TimeoutError, RayError):
+        return "", False
 
 
 async def _answer(reference: Any) -> Any:

@@ -173,6 +173,7 @@ class PolicyActor(LearnerActor):
     def update(self, *shards: Experience, step: int, kl_coef: float) -> dict[str, float]:
         """Clipped policy steps on the step's experience. Returns metrics of rollouts and update."""
         faults.reach("policy.update", rank=self.rank)
+        self.begin_update(step)
         experience = self.joined(shards)
         if self.estimator.whitens:
             moments = self.engine.sum_tensor(masked_moments(experience.advantages, experience.action_mask))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from actors.counters import count
 from rayllm.algorithms.losses import language_model_loss
 from rayllm.data.experience import Experience
 
@@ -51,6 +52,7 @@ def per_token_in_parts(
     result = torch.zeros(experience.sequences.shape)
     for rows in parts:
         values = forward(select(experience, rows).to(device)).float().cpu()
+        count("parts")
         if rows:
             result[torch.tensor(rows), : values.shape[1]] = values
     return result

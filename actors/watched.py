@@ -63,26 +63,36 @@ def _init_of(cls: type) -> Any:
     construct = constructor(cls)
 
     def init(self: Any, supervisor: Any, number: int, arguments: Mapping[str, Any]) -> None:
-        _be_watched(supervisor, number)
+        be_watched(supervisor, number)
         construct(self, **arguments)
 
     return init
 
 
-def _be_watched(supervisor: Any, number: int) -> None:
-    """Before the actor's own constructor runs: that may be what hangs."""
+def be_watched(supervisor: Any, name: Any, *, disk: bool = False) -> None:
+    """Before the actor's own constructor runs: that may be what hangs.
+
+    Args:
+        supervisor: handle of an actor with ``report(name, Report)``.
+        disk: bytes that the process reads from disks or writes there count as progress.
+    """
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # with its children a group of its own, which can be ended as a whole
     stacks = tempfile.TemporaryFile()  # noqa: SIM115  it has no name, and lives as long as the process
     faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
-    threading.Thread(target=_report, args=(supervisor, number, stacks), name="report", daemon=True).start()
+    threading.Thread(target=_report, args=(supervisor, name, stacks, disk), name="report", daemon=True).start()
 
 
-def _report(supervisor: Any, number: int, stacks: Any) -> None:
+def _report(supervisor: Any, name: Any, stacks: Any, disk: bool) -> None:
     node = str(ray.get_runtime_context().get_node_id())
-    pid, created = os.getpid(), psutil.Process().create_time()
+    process = psutil.Process()
+    pid, created = process.pid, process.create_time()
     while ray.is_initialized():
-        supervisor.report.remote(number, Report(node, pid, created, stacks.fileno(), dict(counters)))
+        done = dict(counters)
+        if disk:
+            moved = process.io_counters()
+            done["disk"] = moved.read_bytes + moved.write_bytes
+        supervisor.report.remote(name, Report(node, pid, created, stacks.fileno(), done))
         time.sleep(REPORT_S)
 
 

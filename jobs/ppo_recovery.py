@@ -14,10 +14,11 @@ from typing import Any
 
 import ray
 
-from actors.group import ActorGroup, collect, find_lost
+from actors.group import collect, find_lost
 from actors.learner import LearnerActor
 from actors.placement import LEARNERS
 from actors.supervisor import BUDGET_S, PLACE_S
+from actors.watchman import WatchedGroup
 from jobs.ppo_roles import setup
 from jobs.ppo_watch import Watch
 from rayllm.errors import FleetExhausted
@@ -38,6 +39,8 @@ class Recovery:
         self._startup = dict(startup)
         digests = {name: group.submit(LearnerActor.digest) for name, group in self._roles.models.items()}
         self._digests = {name: collect(found, name) for name, found in digests.items()}
+        for group in self._roles.models.values():
+            group.guard()
         self._lost: set[str] = set()
         """Roles that are to be started anew."""
         self._behind = True
@@ -51,8 +54,11 @@ class Recovery:
             FleetExhausted: something was lost for which nothing can be started any more.
             RuntimeError: what ``train`` raised, with all processes alive.
         """
+        found: tuple[Mapping[str, str], RuntimeError] | None = None
         while True:
             try:
+                if found is not None:
+                    self._account(*found)
                 self._rebuild()
                 if self._behind:
                     self._watch.resume(self._startup)
@@ -61,10 +67,9 @@ class Recovery:
             except FleetExhausted:
                 raise
             except RuntimeError as error:
-                lost = find_lost(list(self._roles.models.values()))
-                if not lost:
+                found = find_lost(list(self._roles.models.values())), error
+                if not found[0]:
                     raise
-                self._account(lost, error)
 
     @property
     def _changing(self) -> set[str]:
@@ -74,20 +79,37 @@ class Recovery:
 
     def _account(self, lost: Mapping[str, str], error: RuntimeError) -> None:
         """Decide what becomes of the run."""
-        told = "; ".join(f"{role} is lost, {how}" for role, how in lost.items())
+        told = "; ".join(f"{role} is lost: {self._reason(role) or how}" for role, how in lost.items())
         self._watch.tell(told)
         self._check(told, error)
         self._lost |= lost.keys()
-        if self._watch.unlearned and not self._lost & self._changing and not self._behind:
-            self._watch.tell(f"{_names(lost)} starts anew; step {self._watch.step + 1} begins again")
+        step = self._watch.step
+        if not (self._behind or self._lost & self._changing or step is None or self._begun(step)):
+            self._watch.tell(f"{_names(self._lost)} starts anew; step {step + 1} begins again")
             return
         self._watch.forget_step()
         self._behind = True
         steps = self._watch.checkpoints.steps()
-        if not steps:
+        if self._watch.changed and not steps:
             self._lost |= self._changing
         where = f"the checkpoint of step {steps[-1]}" if steps else "the start"
         self._watch.tell(f"{_names(self._lost)} starts anew; the run goes back to {where}")
+
+    def _reason(self, role: str) -> str:
+        """Why the processes of a role were ended for want of progress, if they were; their stacks go to the logs."""
+        why, stacks = self._roles.models[role].leave()
+        if stacks:
+            logs = self._watch.job.logs_dir
+            logs.mkdir(exist_ok=True)
+            with (logs / "model-stacks.txt").open("a") as file:
+                file.write(f"{role}: {why}\n{stacks}\n")
+        return why
+
+    def _begun(self, step: int) -> bool:
+        """Whether policy or critic has begun the update of a step. They are asked when they are done with it: what they
+        cannot do for want of what was lost fails at once."""
+        learners = [group for name, group in self._roles.models.items() if name in LEARNERS]
+        return any(any(group.call(LearnerActor.has_begun, step)) for group in learners)
 
     def _check(self, told: str, error: RuntimeError) -> None:
         """Whether anything may be started anew."""
@@ -119,12 +141,15 @@ class Recovery:
             found = group.submit(LearnerActor.digest)
             collect(ready, name)
             self._compare(name, collect(found, name))
+            group.guard()
         self._watch.tell(f"{_names(groups)} is back after {time.monotonic() - began:.1f} s")
+        if self._lost >= self._changing:
+            self._watch.changed = False
         self._lost.clear()
         if not self._behind:
             self._watch.step_again()
 
-    def _wait_for_places(self, groups: Mapping[str, ActorGroup[Any]]) -> None:
+    def _wait_for_places(self, groups: Mapping[str, WatchedGroup[Any]]) -> None:
         """Where a node went, others must have room, or come in time."""
         limit = max(self._config.placement.wait_s, PLACE_S)
         deadline = time.monotonic() + limit

@@ -9,11 +9,12 @@ from typing import Any
 
 import ray
 
-from actors.group import ActorGroup, Role, collect
+from actors.group import Role, collect
 from actors.placement import Placement
 from actors.reward_child import load_reward_function
 from actors.reward_source import SourceActor
 from actors.reward_verifiers import check_verifier
+from actors.watchman import WatchedGroup
 from jobs.judging import check_world_rows
 from rayllm.algorithms.rewards import RunningMoments
 from rayllm.config.ppo import PPOConfig
@@ -30,7 +31,7 @@ ShardScores = tuple[Any, ...]
 class RewardGroups:
     """All sources. Their scores stay in the object store; the driver holds references."""
 
-    def __init__(self, config: RewardConfig, groups: Mapping[str, ActorGroup[Any]]) -> None:
+    def __init__(self, config: RewardConfig, groups: Mapping[str, WatchedGroup[Any]]) -> None:
         self.config, self.groups = config, dict(groups)
         self.any = next(iter(self.groups.values()))
         """For what needs no source: its actors' loops are never blocked."""
@@ -42,21 +43,22 @@ class RewardGroups:
         return [Role(name, s.num_actors, s.cpus_per_actor, s.gpus_per_actor) for name, s in sources.items()]
 
     @classmethod
-    def start(cls, config: PPOConfig, prompts: PromptData, placement: Placement) -> RewardGroups:
+    def start(cls, config: PPOConfig, prompts: PromptData, placement: Placement, watchman: Any) -> RewardGroups:
         """Start all actors; they come up in parallel."""
         shared = {
             "tokenizer": str(config.model),
             "rows": ray.put(prompts.rows),
             "reward_models": [str(folder) for folder in config.reward_models],
         }
-        groups: dict[str, ActorGroup[Any]] = {}
+        groups: dict[str, WatchedGroup[Any]] = {}
         for role, (name, source) in zip(cls.needs(config), config.reward.by_name.items(), strict=True):
             arguments = {"name": name, "source": source, **shared}
-            groups[name] = ActorGroup(
+            groups[name] = WatchedGroup(
                 role,
                 SourceActor,
                 lambda rank, arguments=arguments: arguments,  # type: ignore[misc]
                 placement.seats(role),
+                watchman=watchman,
             )
         return cls(config.reward, groups)
 

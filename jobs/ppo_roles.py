@@ -26,6 +26,7 @@ from actors.policy import PolicyActor
 from actors.reference import ReferenceActor
 from actors.reward_source import SourceActor
 from actors.rollout import RolloutActor, Sent
+from actors.watchman import WatchedGroup, start_watchman
 from actors.weight_group import Seat
 from jobs.ppo_rewards import RewardGroups
 from rayllm.checkpoints import Files
@@ -40,9 +41,9 @@ class Roles:
     """``critic`` and ``reference`` are None in a run that has no use for them."""
 
     config: PPOConfig
-    policy: ActorGroup[PolicyActor]
-    critic: ActorGroup[CriticActor] | None
-    reference: ActorGroup[ReferenceActor] | None
+    policy: WatchedGroup[PolicyActor]
+    critic: WatchedGroup[CriticActor] | None
+    reference: WatchedGroup[ReferenceActor] | None
     reward: RewardGroups
     rollout: RolloutFleet
     probe: list[int]
@@ -65,27 +66,30 @@ class Roles:
         rollout = _start_engines(config, prompts, placement.seats(needed["rollout"]))
         if config.placement.mode == "colocated":
             rollout.call(RolloutActor.sleep, keep_weights=True)
+        watchman = start_watchman(config.recovery.stall_s)
         roles = cls(
             config=config,
             rollout=rollout,
             probe=probe_tokens(vocabulary_size(config.model), max_positions(config.model)),
-            policy=ActorGroup(
+            policy=WatchedGroup(
                 needed["policy"],
                 PolicyActor,
                 lambda rank: {"rank": rank, "world_size": config.policy.num_actors, **learner},
                 placement.seats(needed["policy"]),
+                watchman=watchman,
             ),
             critic=None
             if "critic" not in needed
-            else ActorGroup(
+            else WatchedGroup(
                 needed["critic"],
                 CriticActor,
                 lambda rank: {"rank": rank, "world_size": config.critic.num_actors, "config": config},
                 placement.seats(needed["critic"]),
+                watchman=watchman,
             ),
             reference=None
             if "reference" not in needed
-            else ActorGroup(
+            else WatchedGroup(
                 needed["reference"],
                 ReferenceActor,
                 lambda rank: {
@@ -94,8 +98,9 @@ class Roles:
                     "micro_batch_size": config.reference.micro_batch_size,
                 },
                 placement.seats(needed["reference"]),
+                watchman=watchman,
             ),
-            reward=RewardGroups.start(config, prompts, placement),
+            reward=RewardGroups.start(config, prompts, placement, watchman),
         )
         roles.setups["rollout"] = [roles.rollout.started()]
         roles.setups.update({name: setup(group) for name, group in roles.models.items()})
@@ -125,7 +130,7 @@ class Roles:
         return [*self.models.values(), self.rollout]
 
     @property
-    def models(self) -> dict[str, ActorGroup[Any]]:
+    def models(self) -> dict[str, WatchedGroup[Any]]:
         """Role -> group, of all but the engines."""
         groups = [self.policy, self.critic, self.reference, *self.reward.groups.values()]
         return {group.role.name: group for group in groups if group is not None}

@@ -132,6 +132,9 @@ class Watch:
         """What a checkpoint needs beside the learners: as it was when the last step ended."""
         self._start = self._state(0)
         self._learning = False
+        self.changed = False
+        """Whether policy or critic may be other than at their start."""
+
         self.last: dict[str, float] = {}
         self._times: dict[str, float] = {}
         self._alarming = 0
@@ -166,30 +169,28 @@ class Watch:
 
     def learning(self) -> None:
         """From here on the weights change: the step is finished, up to `after`, before a signal ends the run."""
-        self._learning = True
+        self._learning = self.changed = True
         stopping.hold()
 
     @property
-    def unlearned(self) -> bool:
-        """Whether policy and critic are as they were when the step under way began."""
-        return self._boundary is not None and not self._learning
-
-    @property
-    def step(self) -> int:
-        """Steps that are done."""
-        assert self._boundary is not None
-        return int(self._boundary["step"])
+    def step(self) -> int | None:
+        """Steps that are done; None before the start is measured, and when policy or critic lost them."""
+        return None if self._boundary is None else int(self._boundary["step"])
 
     def step_again(self) -> None:
         """The step under way begins again, with all as it was."""
         assert self._boundary is not None
         self.controls.load(self._boundary)
         self.batches.put_back()
-        self.first_step = self.step
+        self.first_step = self._boundary["step"]
+        self._let_go()
 
     def forget_step(self) -> None:
         """The learners are lost, or in the middle of a step: what they hold is of no use to a checkpoint."""
         self._boundary = None
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self._learning:
             self._learning = False
             stopping.release()
@@ -290,6 +291,7 @@ class Watch:
         step, folder = found or (0, None)
         state = self._start if folder is None else read_state(folder)
         if folder is not None:
+            self.changed = True
             self.roles.load(folder)
         self.controls.load(state)
         self.batches.load(state)

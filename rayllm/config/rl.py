@@ -273,6 +273,10 @@ class RecoveryConfig(Config):
     """Times within an hour that policy, critic, reference or a source of rewards may be started anew inside the run
     because a process of theirs ended. One more ends the run with status 3, its last checkpoint whole."""
 
+    stall_s: float = Field(600, gt=0)
+    """Seconds for which a process of theirs may make no progress while it is asked for something: no micro-batch, no
+    byte to or from a disk. Then all ranks of its role are ended, and started anew."""
+
 
 class EvalConfig(Config):
     prompts: Path | None = None

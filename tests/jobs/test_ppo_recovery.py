@@ -4,8 +4,7 @@ and all, over fake engines. Whatever dies, the run ends as an undisturbed one, t
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,12 @@ from actors.health import Deadlines
 from actors.member import Call
 from actors.supervisor import Blueprint, Size
 from jobs import ppo, ppo_roles
+from jobs.ppo_recovery import Recovery
 from rayllm import faults
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
+from rayllm.data.prompts import PromptStream
+from rayllm.errors import FleetExhausted
 from rayllm.faults import Fault, plan, struck
 from tests.actors.fake_engine import FakeEngineActor
 
@@ -128,14 +130,49 @@ def assert_the_same(run_dir: Path, undisturbed: Path) -> None:
         assert one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
 
 
-def test_whoever_dies_is_rebuilt_inside_the_run(run, undisturbed, tmp_path):
+@pytest.mark.scorecard("R07", "R10", "R18")
+def test_whoever_dies_or_hangs_is_rebuilt_inside_the_run(run, undisturbed, tmp_path, seen):
+    """In this order: before anything is learned, while a step is scored, with and without a checkpoint."""
     chosen = [
-        Fault("reference.logprobs", "kill", passes=3),
-        Fault("policy.update", "kill", passes=4),
-        Fault("reward.scores", "kill", passes=3),
+        Fault("reward.scores", "kill"),  # of the held-out responses, at the start
+        Fault("reference.logprobs", "kill", passes=3),  # in the second step
+        Fault("policy.update", "kill", passes=4),  # after a checkpoint
+        Fault("critic.update", "stop", passes=6),
     ]
-    run_dir = run(tmp_path, faults_=chosen)
-    print("\n".join(notes(run_dir)))
-    print((tmp_path / "screen").read_text())
+    run_dir = run(tmp_path, "recovery.stall_s=8", faults_=chosen)
+    told = "\n".join(notes(run_dir))
+    print(told)
     assert len(struck(tmp_path / "faults")) == len(chosen)
     assert_the_same(run_dir, undisturbed)
+    assert "reward starts anew; the run goes back to the start" in told
+    assert "reference starts anew; step 2 begins again" in told
+    assert "policy starts anew; the run goes back to the checkpoint of step 2" in told
+    assert "critic is lost: rank 0 made no progress for" in told
+    assert 'critic.py", line' in (run_dir / "logs/model-stacks.txt").read_text()  # where it stood
+    seen("reward model, reference, policy killed and critic stopped in one run: metrics and weights equal to the bit")
+
+
+@pytest.mark.scorecard("R09", "R60")
+def test_a_rank_that_dies_takes_its_group_along_and_no_prompt_is_lost(run, tmp_path):
+    """GRPO, two ranks, a step ahead: during a save, and while the engines get its weights."""
+    chosen = [Fault("learner.save", "kill", rank=1), Fault("policy.publish", "kill", passes=4, rank=0)]
+    settings = ("algorithm.advantage=grpo", "samples_per_prompt=2", "max_policy_lag=1", "policy.num_actors=2")
+    run_dir = run(tmp_path, *settings, faults_=chosen)
+    told = "\n".join(notes(run_dir))
+    print(told)
+    assert [one.rank for one in struck(tmp_path / "faults")] == [1, 0]
+    assert [step for step, _ in learned(run_dir)] == list(range(STEPS + 1))
+    state = json.loads((run_dir / f"checkpoints/step-{STEPS:06d}/state.json").read_text())
+    stream = PromptStream(24, seed=0)
+    for _ in range(STEPS):
+        stream.take(8)
+    assert state["prompts"] == list(stream.position) and state["drawn"] == STEPS and not state["ahead"]
+
+
+def test_rebuilds_are_bounded_and_the_end_names_what_was_lost(tmp_path):
+    config = load_config(PPOConfig, None, [f"run_dir={tmp_path}", "model=m", "reward_model=r", "prompts=p", "recovery.max_rebuilds=2"]).config
+    recovery = Recovery(SimpleNamespace(config=config, roles=SimpleNamespace(models={})), {})
+    for _ in range(2):
+        recovery._check("policy is lost: it ended", RuntimeError())
+    with pytest.raises(FleetExhausted, match=r"policy is lost: it ended: the rebuilds of an hour \(recovery.max_rebuilds=2\) are used up. The last checkpoint is intact"):
+        recovery._check("policy is lost: it ended", RuntimeError())

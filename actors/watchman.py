@@ -1,0 +1,182 @@
+"""Models under supervision by progress: where a rank hangs all of its role are ended, for they wait for each other.
+
+A process that was killed shows in every call that it was asked for. One that is stopped, or waits in a collective for
+one that is, shows in nothing but that its counters stand still. Each process of a `WatchedGroup` counts its calls and
+what it does in them, and sends that from a thread of its own (``watched.py``) to one `Watchman`. It writes down where
+the threads of all ranks stand and kills them; whoever waits for them then gets the error of a lost actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, NamedTuple
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.counters import count
+from actors.environment import worker_env
+from actors.group import ActorGroup, ActorT, Role, Seats, is_async
+from actors.health import Deadlines, Health, State
+from actors.member import bury
+from actors.publishing import this_node
+from actors.supervisor import LOOK_S
+from actors.watched import Report, be_watched
+
+BEGUN, DONE = "begun", "done"
+"""Counters of calls."""
+
+
+class Place(NamedTuple):
+    """Of a process; one that is started anew has another one."""
+
+    role: str
+    generation: int
+    rank: int
+
+
+class _Watched:
+    """What the watchman knows of a process."""
+
+    def __init__(self, stall_s: float, now: float) -> None:
+        self.health = Health(Deadlines(stall_s, stall_s), now)
+        self.report: Report
+        self._busy = False
+
+    def heard(self, report: Report, now: float) -> None:
+        busy = report.counters.get(BEGUN, 0) != report.counters.get(DONE, 0)
+        if busy != self._busy:
+            (self.health.began if busy else self.health.ended)(now)
+        self.report, self._busy = report, busy
+        self.health.report(report.counters, now)
+
+
+class Watchman:
+    """The actor itself: one to a run, without a GPU, on the driver's node."""
+
+    def __init__(self, stall_s: float) -> None:
+        self._stall_s = stall_s
+        self._guarded: dict[str, int] = {}
+        """Role -> generation of the processes that must make progress."""
+        self._watched: dict[Place, _Watched] = {}
+        self._ends: dict[str, asyncio.Task[tuple[str, str]]] = {}
+        self._now = 0.0
+        """Seconds in which somebody looked: what this process slept through counts against nobody."""
+
+    async def report(self, place: Place, report: Report) -> None:
+        """From a process."""
+        if self._guarded.get(place.role) == place.generation:
+            self._watched.setdefault(place, _Watched(self._stall_s, self._now)).heard(report, self._now)
+
+    async def guard(self, role: str, generation: int) -> None:
+        """From now on the ranks of a role must make progress."""
+        self._guarded[role] = generation
+        self._ends.pop(role, None)
+
+    async def leave(self, role: str) -> tuple[str, str]:
+        """Not any more. Returns why its ranks were ended and where their threads stood, or nothing."""
+        self._guarded.pop(role, None)
+        self._forget(role)
+        return await self._ends[role] if role in self._ends else ("", "")
+
+    async def watch(self) -> None:
+        """For as long as this process lives."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self._now += min(time.monotonic() - last, 2 * LOOK_S)
+            last = time.monotonic()
+            for place, one in list(self._watched.items()):
+                if place in self._watched and one.health.look(self._now) is State.DEAD:
+                    why = f"rank {place.rank} made no progress for {one.health.still(self._now):.0f} s"
+                    reports = self._forget(place.role)
+                    self._ends[place.role] = asyncio.create_task(_end(place.role, reports, why))
+
+    def _forget(self, role: str) -> dict[int, Report]:
+        """Rank -> its last report."""
+        ranks = sorted(place for place in self._watched if place.role == role)
+        return {place.rank: self._watched.pop(place).report for place in ranks}
+
+
+async def _end(role: str, reports: Mapping[int, Report], why: str) -> tuple[str, str]:
+    ends = await asyncio.gather(*map(bury, reports.values()))
+    stood = [f"{role} rank {rank}:\n{stacks}\n" for rank, (stacks, _) in zip(reports, ends, strict=True)]
+    return why, "".join(stood)
+
+
+def start_watchman(stall_s: float) -> Any:
+    """Its handle; it watches already."""
+    here = NodeAffinitySchedulingStrategy(this_node(), soft=False)
+    options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
+    watchman = ray.remote(Watchman).options(**options, runtime_env={"env_vars": worker_env(0)}).remote(stall_s)
+    watchman.watch.remote()
+    return watchman
+
+
+class WatchedGroup(ActorGroup[ActorT]):
+    """An `ActorGroup` of a role that is watched, from `guard` on."""
+
+    def __init__(
+        self,
+        role: Role,
+        cls: type[ActorT],
+        arguments: Callable[[int], dict[str, Any]],
+        seats: Seats | None = None,
+        *,
+        watchman: Any,
+    ) -> None:
+        self._watchman, self._generation = watchman, 0
+        super().__init__(role, cls, arguments, seats)
+
+    def guard(self) -> None:
+        """From now on, until `renew`, its processes must make progress. They are ready."""
+        self._watchman.guard.remote(self.role.name, self._generation)
+
+    def leave(self) -> tuple[str, str]:
+        """Not any more. Returns why its processes were ended for that, and where their threads stood, or nothing."""
+        why, stacks = ray.get(self._watchman.leave.remote(self.role.name))
+        return why, stacks
+
+    def renew(self) -> None:
+        self._generation += 1
+        super().renew()
+
+    def _methods(self) -> dict[str, Any]:
+        methods = super()._methods()
+        methods["__init__"] = _watched_init(methods["__init__"])
+        # What an async one waits for has deadlines of its own; that its process says something is enough.
+        return methods if is_async(self._cls) else methods | _counted(self._cls)
+
+    def _arguments_of(self, rank: int) -> dict[str, Any]:
+        place = Place(self.role.name, self._generation, rank)
+        return {"watchman": self._watchman, "place": place, "arguments": super()._arguments_of(rank)}
+
+
+def _watched_init(construct: Callable[..., None]) -> Callable[..., None]:
+    def init(self: Any, watchman: Any, place: Place, arguments: Mapping[str, Any]) -> None:
+        be_watched(watchman, place, disk=True)
+        construct(self, **arguments)
+
+    return init
+
+
+def _counted(cls: type) -> dict[str, Any]:
+    """The methods of a class that others call, as ones that count when they begin and end."""
+    found = inspect.getmembers(cls, inspect.isfunction)
+    return {name: _counting(method) for name, method in found if not name.startswith("_")}
+
+
+def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        count(BEGUN)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            count(DONE)
+
+    return counting
