@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -28,6 +29,8 @@ from rayllm.errors import InputError
 TEMP_PREFIX = "rayllm-"
 KILL_AFTER_S = 15.0
 CONNECT_S = 10.0
+LOOK_S, GRACE_S = 1.0, 5.0
+"""Between two looks at the daemons, and how long the job may take to end when they have ended."""
 
 LOG_BYTES, LOG_FILES = 32 << 20, 3
 """Of each process's log: Ray begins a new file at so many bytes and keeps so many of the old ones."""
@@ -81,6 +84,7 @@ def ray_session(
         yield started
     finally:
         _put_back(handlers)
+        cluster.ends()
         with _uninterrupted():
             with suppress(BaseException):  # raised to whoever waited for it
                 cluster.wait()
@@ -119,6 +123,7 @@ class _Starting:
         self._folder, self._settings = folder, settings
         self._started: Future[None] = Future()
         self._over = threading.Event()
+        self._ending = False
         tempfile.gettempdir()  # looked up here, before TMPDIR changes for the daemons
         threading.Thread(target=self._run, name="ray-daemons", daemon=True).start()
 
@@ -129,6 +134,10 @@ class _Starting:
             Exception: whatever kept Ray from starting.
         """
         self._started.result()
+
+    def ends(self) -> None:
+        """Its daemons may end now."""
+        self._ending = True
 
     def end(self) -> None:
         self._over.set()
@@ -142,7 +151,19 @@ class _Starting:
             self._started.set_exception(error)
         else:
             self._started.set_result(None)
+            self._watch()
         self._over.wait()
+
+    def _watch(self) -> None:
+        """End this process when a daemon has ended by itself: Ray's own calls would wait for minutes, or for ever."""
+        missing = 0.0
+        while not self._over.wait(LOOK_S) and not self._ending:
+            lost = [daemon.name() for daemon in _daemons() if not _is_running(daemon)]
+            missing = missing + LOOK_S if lost and not stopping.asked() else 0.0
+            if missing > GRACE_S:
+                told = f"failed: Ray's {' and '.join(lost)} ended; the same command continues where the run was\n"
+                sys.stderr.write(told)
+                stopping.end_at_once(1)
 
 
 def _nothing() -> None:
@@ -156,6 +177,7 @@ def _quiet_libraries(verbose: bool) -> None:
     os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(LOG_BYTES))
     os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", str(LOG_FILES))
     if not verbose:
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls that nobody waits for any more
         for name in ("ray", "ray.train", "ray.serve", "transformers", "deepspeed", "DeepSpeed", "vllm"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -209,7 +231,7 @@ def cluster_lives() -> bool:
     if not _own_cluster:
         return True
     time.sleep(0.2)
-    daemons = [p for p in psutil.Process().children() if _is_daemon(p)]
+    daemons = _daemons()
     return bool(daemons) and all(_is_running(daemon) for daemon in daemons)
 
 
@@ -220,6 +242,11 @@ def end_processes(processes: list[psutil.Process], *, after: float) -> None:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=KILL_AFTER_S)
+
+
+def _daemons() -> list[psutil.Process]:
+    """Ray's, of this process's own cluster."""
+    return [process for process in psutil.Process().children() if _is_daemon(process)]
 
 
 def _is_daemon(process: psutil.Process) -> bool:

@@ -74,7 +74,7 @@ def release() -> None:
 def _handle(signum: int, frame: FrameType | None) -> None:
     global _due
     if _came:
-        _end_at_once(signum)
+        end_at_once(128 + signum)
     _came.append(signum)
     if _holds:
         _due = True
@@ -82,7 +82,7 @@ def _handle(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _end_at_once(signum: int) -> None:
+def end_at_once(status: int) -> None:
     """No clean-up: the next job on this machine removes the session's folder."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
@@ -90,4 +90,5 @@ def _end_at_once(signum: int) -> None:
     if sys.stdout.isatty():
         sys.stdout.write("\033[?25h\n")  # a live view hides the cursor
         sys.stdout.flush()
-    os._exit(128 + signum)
+    sys.stderr.flush()
+    os._exit(status)

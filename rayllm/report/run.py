@@ -99,8 +99,11 @@ class Run:
         return self.dir / "logs"
 
     def __enter__(self) -> Self:
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.dir / ".lock").open("w")
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.dir / ".lock").open("w")
+        except OSError as error:
+            raise InputError(f"run_dir: {self.dir} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -134,6 +134,21 @@ def test_a_session_wants_its_token_and_keeps_it_to_its_user(two, tmp_path, seen)
     seen("refused without a token, with the mode off and with another's token; its file is 0600 in a folder of 0700")
 
 
+@pytest.mark.scorecard("R14")
+def test_a_job_whose_head_is_killed_ends_in_plain_words_and_leaves_no_process(tmp_path, seen):
+    process = start(tmp_path / "home")
+    told = about(process)
+    (head,) = [p for p in psutil.Process(process.pid).children() if p.name() == "gcs_server"]
+    began = time.monotonic()
+    head.kill()
+    _, errors = process.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    assert process.returncode == 1, errors
+    assert "failed: Ray's gcs_server ended; the same command continues where the run was" in errors
+    assert gone(told["children"], 30)
+    seen("status 1, told in plain words, no process left", detected=seconds)
+
+
 @pytest.mark.scorecard("R62")
 @pytest.mark.scorecard("R12", partly=True)
 def test_a_killed_driver_leaves_no_process_and_the_next_session_clears_its_folder(tmp_path, seen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +102,17 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path, documents):
     (tmp_path / "run/thesis.tex").write_text("precious")
     with pytest.raises(InputError, match="is not empty and holds no run"):
         open_run(tmp_path, documents)
+
+
+@pytest.mark.scorecard("R32")
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_starts(tmp_path, documents, seen):
+    """A file in its way, and a file system where nobody makes folders, root neither."""
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file/run", Path("/proc/run")):
+        run = Run("tokenizer", load_config(TokenizerConfig, None, [f"run_dir={folder}", f"documents={documents}"]))
+        with pytest.raises(InputError, match=f"run_dir: {folder} cannot be written: "), run:
+            raise AssertionError("entered")
+    seen("told with the folder and the system's reason, before Ray starts")
 
 
 def test_a_missing_input_is_named_by_its_key(tmp_path):

@@ -1,7 +1,7 @@
 """The scorecard: tests that stand for a row, run in one process, and the table of what was seen.
 
     make faults          every row of the fast tier: real Ray, a fake engine with the real one's interface
-    make faults-full     all rows: real vLLM and DeepSpeed too
+    make faults-full     all rows: real vLLM and DeepSpeed too, and what takes too long for `make test` (``long=True``)
 
 A test becomes part of a row by ``@pytest.mark.scorecard("R38")`` (several ids are fine; ``tier="full"`` where it needs
 vLLM or a whole pipeline, ``partly=True`` where it stands for a part of what the row expects). What it saw it may tell the fixture ``seen``, with the seconds until a fault was noticed and
@@ -88,7 +88,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    line = "scorecard(*rows, tier='fast', partly=False): the test stands for (a part of) rows of the scorecard"
+    line = "scorecard(*rows, tier='fast', partly=False, long=False): the test stands for (a part of) rows of the scorecard"
     config.addinivalue_line("markers", line)
     config.stash[_CARD] = Scorecard(config.getoption("--scorecard") or "")
 
@@ -106,11 +106,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         unknown = set(rows) - set(ROWS)
         assert not unknown, f"{item.nodeid}: no such row: {unknown}"
         tier = "full" if any(mark.kwargs.get("tier") == "full" for mark in marks) else "fast"
+        long = any(mark.kwargs.get("long") for mark in marks)
+        assert not long or tier == "full", f"{item.nodeid}: long, and not of the full tier"
         wanted = {
-            "": True,
+            "": not long,
             "fast": bool(marks) and tier == "fast",
             "full": bool(marks),
-            "rest": not marks or tier == "full",
+            "rest": not marks or (tier == "full" and not long),
         }[card.tier]
         (kept if wanted else left).append(item)
         if marks and wanted:

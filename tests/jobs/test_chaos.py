@@ -1,0 +1,112 @@
+"""PPO on the real stack, DeepSpeed and vLLM, that loses its actors: three at random in a run, and one that hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rayllm.faults import Fault, plan, struck
+from tests.jobs.test_elastic import LEARNED, WITHIN_S, notes, start, steps_of
+from tests.jobs.test_pipeline import ppo_arguments, record
+
+ACTORS = ("PolicyActor", "CriticActor", "ReferenceActor", "SourceActor", "RolloutActor")
+KILLS = 3
+STEPS = 4
+
+
+def processes_of(job: subprocess.Popen, actor: str) -> list[psutil.Process]:
+    """Of a class of actors, the oldest first. The system cuts names off at 15 letters."""
+    name = f"ray::{actor}"[:15]
+    found = [child for child in psutil.Process(job.pid).children(recursive=True) if child.name() == name]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def kill_at_random(job: subprocess.Popen, run_dir: Path, rng: random.Random) -> list[str]:
+    """Kill actors in some steps, after a time in which any phase may be under way, or a rebuild; returns who it was."""
+    killed = []
+    for step in sorted(rng.choices(range(STEPS - 1), k=KILLS)):
+        wait_for(lambda step=step: len(steps_of(run_dir)) > step, job)
+        time.sleep(rng.uniform(0, 2))
+        actor = rng.choice(ACTORS)
+        wait_for(lambda actor=actor: processes_of(job, actor), job)  # it may just be starting anew
+        os.kill(processes_of(job, actor)[0].pid, signal.SIGKILL)
+        killed.append(f"{actor} after step {step}")
+    return killed
+
+
+def wait_for(condition, job: subprocess.Popen) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not condition():
+        assert job.poll() is None, job.communicate()[0]
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.02)
+
+
+def prompts_used(run_dir: Path) -> dict:
+    """Of the prompts, what the last checkpoint says."""
+    state = json.loads((run_dir / f"checkpoints/step-{STEPS:06d}/state.json").read_text())
+    return {name: state[name] for name in ("prompts", "drawn", "ahead")}
+
+
+def settings(tiny_run, run_dir: Path, *more: str) -> list[str]:
+    return ppo_arguments(tiny_run, run_dir, "rollout.num_actors=2", "rollout.cpus_per_actor=0.2", *more)
+
+
+def full(seed: int):
+    """The first seed is part of `make test`, the others of `make faults-full` alone."""
+    return pytest.param(seed, marks=pytest.mark.scorecard("R16", tier="full", long=seed > 0))
+
+
+@pytest.mark.parametrize("seed", [full(seed) for seed in range(5)])
+def test_three_random_kills_change_nothing_that_is_learned(tiny_run, tmp_path, seed, seen):
+    undisturbed, run_dir = tiny_run[0] / "ppo", tmp_path / "run"
+    job = start(settings(tiny_run, run_dir))
+    killed = kill_at_random(job, run_dir, random.Random(seed))
+    output, _ = job.communicate(timeout=WITHIN_S)
+    told = f"{killed}\n{output}"
+    print(told)
+    assert job.returncode == 0 and record(run_dir)["status"] == "done", told
+    one, other = steps_of(undisturbed), steps_of(run_dir)
+    assert [event["step"] for event in other] == [event["step"] for event in one] == list(range(STEPS + 1)), told
+    apart = 0.0
+    for before, after in zip(one, other, strict=True):
+        for name in LEARNED:
+            if name in before["metrics"]:
+                value = before["metrics"][name]
+                assert after["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (after["step"], name, told)
+                apart = max(apart, abs(after["metrics"][name] - value))
+    assert prompts_used(run_dir) == prompts_used(undisturbed)
+    seen(f"seed {seed}: {', '.join(killed)}: exit 0, all steps and prompts, metrics apart by at most {apart:.1g}")
+
+
+@pytest.mark.scorecard("R07", "R10", "R18", tier="full", long=True)
+def test_a_rank_that_hangs_and_models_that_die_are_rebuilt_beside_real_engines(tiny_run, tmp_path, seen):
+    undisturbed, run_dir = tiny_run[0] / "ppo", tmp_path / "run"
+    chosen = [
+        Fault("policy.update", "stop", passes=3, rank=1),  # the other rank waits for it in a collective
+        Fault("reference.logprobs", "kill", passes=3),
+        Fault("critic.values", "kill", passes=4),
+    ]
+    variables = plan(tmp_path / "faults", chosen)
+    more = ("policy.num_actors=2", "policy.cpus_per_actor=0.2", "recovery.stall_s=10")
+    job = start(settings(tiny_run, run_dir, *more), **{**os.environ, **variables})
+    output, _ = job.communicate(timeout=WITHIN_S)
+    told = notes(run_dir)
+    print(told, output)
+    assert job.returncode == 0, output
+    assert len(struck(tmp_path / "faults")) == len(chosen), told
+    for one, other in zip(steps_of(undisturbed), steps_of(run_dir), strict=True):
+        for name in ("objective/rewards", "objective/kl", "response/length_mean", "eval/gold"):  # on one rank
+            if name in one["metrics"]:
+                assert other["metrics"][name] == pytest.approx(one["metrics"][name], rel=0.05, abs=0.05), (one["step"], name)
+    stacks = (run_dir / "logs/model-stacks.txt").read_text()
+    assert "policy rank 0:" in stacks and "policy rank 1:" in stacks and "hread 0x" in stacks
+    seen("a stopped rank, then reference and critic killed: all rebuilt, metrics as on one rank undisturbed")
