@@ -153,6 +153,10 @@ class ActorGroup(Generic[ActorT]):
         self.stop()
         self._actors = [self._start(rank) for rank in range(self.role.num_actors)]
 
+    def ready(self) -> list[Any]:
+        """References, a rank each, that are done when it has been constructed and is not busy."""
+        return [actor.__ray_ready__.remote() for actor in self._actors]
+
     def held(self) -> bool:
         """Whether its seats are there: those of a node that went are sought anew, as long as no other node has room."""
         if self._seats is None:
@@ -164,9 +168,7 @@ def find_lost(groups: Sequence[ActorGroup[Any]]) -> dict[str, str]:
     """Role -> which of its actors ended, and how. Who is busy is asked for at most `FIND_S`: a process that has just
     ended looks like that, too."""
     asked = {
-        actor.__ray_ready__.remote(): (group.role.name, rank)
-        for group in groups
-        for rank, actor in enumerate(group._actors)
+        reference: (group.role.name, rank) for group in groups for rank, reference in enumerate(group.ready())
     }
     found: dict[str, str] = {}
     pending, deadline = list(asked), time.monotonic() + FIND_S

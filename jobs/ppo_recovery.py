@@ -16,7 +16,7 @@ import ray
 
 from actors.group import collect, find_lost
 from actors.learner import LearnerActor
-from actors.placement import LEARNERS
+from actors.placement import LEARNERS, UNITS
 from actors.supervisor import BUDGET_S, PLACE_S
 from actors.watchman import WatchedGroup
 from jobs.ppo_roles import setup
@@ -152,16 +152,18 @@ class Recovery:
     def _wait_for_places(self, groups: Mapping[str, WatchedGroup[Any]]) -> None:
         """Where a node went, others must have room, or come in time."""
         limit = max(self._config.placement.wait_s, PLACE_S)
-        deadline = time.monotonic() + limit
-        while homeless := [group for group in groups.values() if not group.held()]:
-            if time.monotonic() > deadline:
-                needs = ", ".join(
-                    f"{g.role.name} {g.role.num_actors} x {g.role.cpus:g} CPU, {g.role.gpus:g} GPU" for g in homeless
-                )
+        waiting, deadline = [reference for group in groups.values() for reference in group.ready()], 0.0
+        while waiting:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S)
+            homeless = [group.role for group in groups.values() if not group.held()]
+            deadline = deadline or time.monotonic() + limit if homeless else 0.0
+            if homeless and time.monotonic() > deadline:
+                needs = ", ".join(f"{r.name} {r.num_actors} x {r.cpus:g} CPU and {r.gpus:g} GPU" for r in homeless)
                 free = ray.available_resources()
-                have = ", ".join(f"{free.get(unit, 0):g} {unit}" for unit in ("CPU", "GPU"))
-                raise FleetExhausted(f"no place was found within {limit:g} s for {needs}; free are {have}. {CONTINUES}")
-            time.sleep(LOOK_S)
+                have = " and ".join(f"{free.get(unit, 0):g} {unit}" for unit in UNITS)
+                raise FleetExhausted(
+                    f"no place was found within {limit:g} s: needed are {needs}, free are {have}. {CONTINUES}"
+                )
 
     def _compare(self, name: str, found: list[str]) -> None:
         """Raise RuntimeError unless a role has the weights that it started from first."""
