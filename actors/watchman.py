@@ -112,7 +112,8 @@ def start_watchman(stall_s: float) -> Any:
     """Its handle; it watches already."""
     here = NodeAffinitySchedulingStrategy(this_node(), soft=False)
     options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
-    watchman = ray.remote(Watchman).options(**options, runtime_env={"env_vars": worker_env(0)}).remote(stall_s)
+    remote_cls: Any = ray.remote(Watchman)
+    watchman = remote_cls.options(**options, runtime_env={"env_vars": worker_env(0)}).remote(stall_s)
     watchman.watch.remote()
     return watchman
 

@@ -583,6 +583,34 @@ def test_the_engine_for_gpus_samples_and_updates_the_same(
         local_ray.kill(other)
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.scorecard("R03", tier="full", long=True)
+def test_when_vllms_process_is_killed_its_actor_tells_at_once_and_ends(local_ray, tiny_model_dir, prompts, seen, stopped):
+    """Its actor answers all the while. One that is stopped shows in nothing but its progress (`actors/health.py`)."""
+    remote = local_ray.remote(ActorOnAsyncLLM).options(num_cpus=1, max_concurrency=100)
+    actor = remote.remote(str(tiny_model_dir), engine={}, seed=SEED)
+    try:
+        pid = local_ray.get(actor.info.remote())["pid"]
+        family = psutil.Process(pid).children(recursive=True)
+        (core,) = [child for child in family if "EngineCore" in child.name() + " ".join(child.cmdline())]
+        running = actor.generate.remote(prompts, num_samples=2, temperature=1.0, max_new_tokens=400, step=1)
+        time.sleep(0.2)
+        if stopped:
+            core.suspend()
+            assert not local_ray.wait([running], timeout=5)[0] and local_ray.get(actor.info.remote())["pid"] == pid
+        began = time.monotonic()
+        core.kill()
+        with pytest.raises(RuntimeError, match="the rollout engine stopped"):
+            local_ray.get(running)
+        seconds = time.monotonic() - began
+        for member in (pid, *(child.pid for child in family)):
+            wait_until_gone(member)
+    finally:
+        local_ray.kill(actor)
+    assert seconds < 15
+    seen("AsyncLLM's call failed at once, its actor's process and children ended", detected=seconds)
+
+
 def test_an_engine_that_sleeps_refuses_work_until_it_has_weights(local_ray, actor, models, bundles, prompts):
     """On CPU vLLM frees nothing; what it serves, when, is what it is on a GPU."""
     check_refuses_while_it_sleeps(local_ray, actor, prompts)

@@ -4,6 +4,7 @@ and all, over fake engines. Whatever dies, the run ends as an undisturbed one, t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,24 +134,24 @@ def assert_the_same(run_dir: Path, undisturbed: Path) -> None:
 
 @pytest.mark.scorecard("R07", "R09", "R10", "R18")
 def test_whoever_dies_or_hangs_is_rebuilt_inside_the_run(run, undisturbed, tmp_path, seen):
-    """PPO with two ranks of the policy: before anything is learned, while a step is scored, in a collective, in the
-    critic's update, and while the engines get new weights."""
+    """PPO with two ranks of the policy: before anything is learned, while a step is scored, while the engines get new
+    weights, in the critic's update, and in a collective."""
     chosen = [
         Fault("reward.scores", "kill"),  # of the held-out responses, at the start
         Fault("reference.logprobs", "kill", passes=3),  # in the second step
-        Fault("policy.update", "stop", passes=4, rank=1),  # after a checkpoint
-        Fault("critic.update", "kill", passes=6),
-        Fault("policy.publish", "kill", passes=5, rank=0),
+        Fault("policy.publish", "kill", passes=5, rank=0),  # after a checkpoint
+        Fault("critic.update", "kill", passes=6),  # and another one
+        Fault("policy.update", "stop", passes=4, rank=1),
     ]
     run_dir = run(tmp_path, f"recovery.stall_s={SHORT_STALL_S}", faults_=chosen)
     told = "\n".join(notes(run_dir))
-    assert [one.rank for one in struck(tmp_path / "faults")] == [None, None, 1, 0, 0], told
+    assert [one.rank for one in struck(tmp_path / "faults")] == [None, None, 0, 0, 1], told
     assert_the_same(run_dir, undisturbed)
     assert "reward starts anew; the run goes back to the start" in told
     assert "reference starts anew; step 2 begins again" in told
-    assert "policy is lost: rank 1 made no progress for" in told or "policy is lost: rank 0 made no progress for" in told
     assert "policy starts anew; the run goes back to the checkpoint of step 2" in told
-    assert "critic starts anew; the run goes back to the checkpoint of step 2" in told
+    assert "critic starts anew; the run goes back to the checkpoint of step 4" in told
+    assert re.search("policy is lost: rank [01] made no progress for", told)
     stacks = (run_dir / "logs/model-stacks.txt").read_text()
     assert "policy rank 0:" in stacks and "policy rank 1:" in stacks and 'policy.py", line' in stacks
     seconds = [float(note.rpartition("after ")[2].removesuffix(" s")) for note in notes(run_dir) if "is back after" in note]
@@ -174,7 +175,7 @@ def test_a_rank_that_dies_takes_its_group_along_and_no_prompt_is_lost(run, tmp_p
 
 def test_rebuilds_are_bounded_and_the_end_names_what_was_lost(tmp_path):
     keys = [f"run_dir={tmp_path}", "model=m", "reward_model=r", "prompts=p"]
-    told, ended = "policy is lost: it ended", r"policy is lost: it ended: .*{} .* The last checkpoint is intact"
+    told, ended = "policy is lost: it ended", r"policy is lost: it ended: .*{} The last checkpoint is intact"
 
     def recovery(*settings: str) -> Recovery:
         config = load_config(PPOConfig, None, [*keys, *settings]).config
