@@ -170,8 +170,8 @@ class Recovery:
         first = self._digests[name]
         if found != first:
             raise RuntimeError(
-                f"{name} has other weights than at the first start of the run (xxh3 {found[0]}, then {first[0]}): its "
-                "model folder was changed meanwhile"
+                f"{name} has other weights than at the first start of the run (xxh3 {', '.join(found)}; then "
+                f"{', '.join(first)}): its model folder was changed meanwhile"
             )
 
 

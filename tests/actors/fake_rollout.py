@@ -59,7 +59,11 @@ class FakeRollout:
         return samples
 
     async def _token(self) -> None:
-        await asyncio.sleep(self.token_s)
+        try:
+            await asyncio.sleep(self.token_s)
+        except asyncio.CancelledError:
+            (self.folder / f"gave-up-{self.number}").touch()
+            raise
         if self._trouble("stops"):
             raise EngineStopped("the rollout engine stopped: broken on purpose")
         if self._trouble("exits"):
@@ -78,6 +82,8 @@ class FakeRollout:
             await asyncio.sleep(0.05)
         if self._trouble("stops-in-sync"):
             raise EngineStopped("the rollout engine stopped: broken on purpose")
+        if (self.folder / "writer-is-gone").exists():
+            raise FileNotFoundError("no such process wrote weights")
         self.weights = weights
         (self.folder / f"synced-{self.number}").write_text(str(weights))
         return weights

@@ -200,6 +200,38 @@ def test_a_restarted_engine_serves_only_after_a_proved_sync_of_the_newest_weight
     assert healing.finish(healing.begin()) == right(version=8)
 
 
+def test_what_nobody_wants_any_more_is_given_up(healing):
+    healing.fleet.sync(FakeRollout.sync, 7)
+    wait_for(lambda: len(healing.numbers(State.READY)) == 2)
+    references = healing.begin()
+    engine = healing.busy_engine()
+    healing.fleet.drop(references)
+    wait_for((healing.folder / f"gave-up-{engine}").exists)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(references)
+    assert healing.finish(healing.begin()) == right(version=7)
+
+
+@pytest.mark.scorecard("R09")
+def test_a_sync_whose_writer_died_is_forgotten_once_another_one_writes(healing):
+    """The engines cannot read what they were told of; who waits for them gets that error, until all begin again."""
+    healing.fleet.sync(FakeRollout.sync, 7)
+    wait_for(lambda: len(healing.numbers(State.READY)) == 2)
+    gone = healing.folder / "writer-is-gone"
+    gone.touch()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="rollout: .*no such process wrote weights"):
+            healing.fleet.sync(FakeRollout.sync, 8)
+    with pytest.raises(RuntimeError, match="no such process wrote weights"):
+        healing.finish(healing.begin())
+    gone.unlink()
+    healing.fleet.begin_again()
+    ray.get(healing.fleet.readers())
+    healing.fleet.sync(FakeRollout.sync, 5)  # the weights go back
+    assert healing.fleet.num_engines == 2
+    assert healing.finish(healing.begin()) == right(version=5)
+
+
 @pytest.mark.parametrize(("trouble", "reason"), [("hangs", "no progress for"), ("stops", "broken on purpose")])
 @pytest.mark.scorecard("R05", "R22")
 def test_the_learner_does_not_wait_for_an_engine_that_is_lost_in_a_sync(healing, trouble, reason):

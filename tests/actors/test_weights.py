@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from actors.weights import check_shapes, pack, read_safetensors, safetensors_shapes, unpack, verify
+from actors.weights import check_shapes, digest, pack, read_safetensors, safetensors_shapes, unpack, verify
 
 TENSORS = {
     "a.fp32": torch.randn(3, 5),
@@ -130,3 +130,14 @@ def test_check_shapes_names_what_is_wrong():
         check_shapes({"a": (2, 3), "c": (4,)}, expected=expected)
     with pytest.raises(RuntimeError, match=r"a has shape \(3, 2\), expected \(2, 3\)"):
         check_shapes({**expected, "a": (3, 2)}, expected=expected)
+
+
+def test_a_digest_is_of_names_and_every_bit():
+    first = digest(TENSORS.items())
+    assert digest((name, tensor.clone()) for name, tensor in TENSORS.items()) == first
+    assert digest((name.upper(), tensor) for name, tensor in TENSORS.items()) != first
+    for name in ("a.fp32", "b.bf16", "g.scalar"):
+        changed = {other: tensor.clone() for other, tensor in TENSORS.items()}
+        bits = changed[name].view(-1).view(torch.uint8)
+        bits[-1] ^= 1
+        assert digest(changed.items()) != first, name

@@ -189,3 +189,11 @@ def test_rebuilds_are_bounded_and_the_end_names_what_was_lost(tmp_path):
     for fixed in ("rollout.weight_transfer=broadcast", "placement.mode=colocated"):
         with pytest.raises(FleetExhausted, match=ended.format(f"{fixed}.* nobody can be replaced\\.")):
             recovery(fixed)._check(told, RuntimeError())
+
+
+def test_who_starts_anew_with_other_weights_is_named(tmp_path):
+    recovery = Recovery(SimpleNamespace(config=None, roles=SimpleNamespace(models={})), {})
+    recovery._digests = {"reference": ["a1", "a1"]}
+    recovery._compare("reference", ["a1", "a1"])
+    with pytest.raises(RuntimeError, match=r"reference has other weights than at the first start .*a1.* model folder was"):
+        recovery._compare("reference", ["a1", "b2"])
