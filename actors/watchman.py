@@ -74,6 +74,7 @@ class Watchman:
 
     async def guard(self, role: str, generation: int) -> None:
         """From now on the ranks of a role must make progress."""
+        self._forget(role)  # others that were there before
         self._guarded[role] = generation
         self._ends.pop(role, None)
 
@@ -83,8 +84,11 @@ class Watchman:
         self._forget(role)
         return await self._ends[role] if role in self._ends else ("", "")
 
-    async def watch(self) -> None:
-        """For as long as this process lives."""
+    async def begin(self) -> None:
+        """Look at them from now on, for as long as this process lives."""
+        self._task = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
         last = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_S)
@@ -114,7 +118,7 @@ def start_watchman(stall_s: float) -> Any:
     options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
     remote_cls: Any = ray.remote(Watchman)
     watchman = remote_cls.options(**options, runtime_env={"env_vars": worker_env(0)}).remote(stall_s)
-    watchman.watch.remote()
+    watchman.begin.remote()
     return watchman
 
 

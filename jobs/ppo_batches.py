@@ -72,11 +72,21 @@ class Batches:
         self._position = self.stream.position
         return [shard.experience for shard in self._taken], [shard.scores for shard in self._taken]
 
-    def put_back(self) -> None:
-        """The step that was taken last begins again, on the same responses; all that is under way is scored anew."""
-        shards, self._taken, self.stream.position = [*self._taken, *self._ahead], [], self._position
-        scores = self.roles.reward.score([shard.experience for shard in shards])
-        self._ahead = [replace(shard, scores=anew) for shard, anew in zip(shards, scores, strict=True)]
+    def done(self) -> None:
+        """What was taken is trained on."""
+        self._taken = []
+
+    def put_back(self, *, score: bool) -> None:
+        """The step that was taken last begins again, on the same responses.
+
+        Args:
+            score: whoever scores them was lost; all that is under way is scored anew.
+        """
+        self._ahead, self._taken = [*self._taken, *self._ahead], []
+        self.stream.position = self._position
+        if score:
+            anew = self.roles.reward.score([shard.experience for shard in self._ahead])
+            self._ahead = [replace(shard, scores=scores) for shard, scores in zip(self._ahead, anew, strict=True)]
 
     def more(self, counts: list[int], step: int) -> list[Any]:
         """References of experience on fresh prompts, one shard for each count."""

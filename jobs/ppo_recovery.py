@@ -136,18 +136,17 @@ class Recovery:
         if "policy" in groups:
             self._roles.rollout.begin_again()
         self._wait_for_places(groups)
-        for name, group in groups.items():
-            ready = setup(group)
-            found = group.submit(LearnerActor.digest)
+        starting = {name: (setup(group), group.submit(LearnerActor.digest)) for name, group in groups.items()}
+        for name, (ready, found) in starting.items():
             collect(ready, name)
             self._compare(name, collect(found, name))
-            group.guard()
+            groups[name].guard()
         self._watch.tell(f"{_names(groups)} is back after {time.monotonic() - began:.1f} s")
         if self._lost >= self._changing:
             self._watch.changed = False
-        self._lost.clear()
         if not self._behind:
-            self._watch.step_again()
+            self._watch.step_again(score=bool(self._lost - {"reference"}))
+        self._lost.clear()
 
     def _wait_for_places(self, groups: Mapping[str, WatchedGroup[Any]]) -> None:
         """Where a node went, others must have room, or come in time."""

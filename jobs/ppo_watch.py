@@ -161,6 +161,7 @@ class Watch:
             self.job.note(f"step {step}: {problem}")
         self._heed(step, alarms(metrics, kl_estimator=self.config.algorithm.kl_estimator))
         self.progress.update(step, {name: value for name, value in metrics.items() if name in SHOWN})
+        self.batches.done()
         self._boundary = self._state(step)
         if step % self.config.checkpoint.every_steps == 0 or step == self.config.num_steps:
             self._save(self._boundary)
@@ -177,11 +178,11 @@ class Watch:
         """Steps that are done; None before the start is measured, and when policy or critic lost them."""
         return None if self._boundary is None else int(self._boundary["step"])
 
-    def step_again(self) -> None:
-        """The step under way begins again, with all as it was."""
+    def step_again(self, *, score: bool) -> None:
+        """The step under way begins again, with all as it was; ``score``: what is under way is scored anew."""
         assert self._boundary is not None
         self.controls.load(self._boundary)
-        self.batches.put_back()
+        self.batches.put_back(score=score)
         self.first_step = self._boundary["step"]
         self._let_go()
 

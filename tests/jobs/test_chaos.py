@@ -19,7 +19,7 @@ from tests.jobs.test_pipeline import ppo_arguments, record
 
 ACTORS = ("PolicyActor", "CriticActor", "ReferenceActor", "SourceActor", "RolloutActor")
 KILLS = 3
-STEPS = 4
+STEPS = 20
 
 
 def processes_of(job: subprocess.Popen, actor: str) -> list[psutil.Process]:
@@ -32,9 +32,9 @@ def processes_of(job: subprocess.Popen, actor: str) -> list[psutil.Process]:
 def kill_at_random(job: subprocess.Popen, run_dir: Path, rng: random.Random) -> list[str]:
     """Kill actors in some steps, after a time in which any phase may be under way, or a rebuild; returns who it was."""
     killed = []
-    for step in sorted(rng.choices(range(STEPS - 1), k=KILLS)):
+    for step in sorted(rng.choices(range(STEPS - 6), k=KILLS)):
         wait_for(lambda step=step: len(steps_of(run_dir)) > step, job)
-        time.sleep(rng.uniform(0, 2))
+        time.sleep(rng.uniform(0, 1))
         actor = rng.choice(ACTORS)
         wait_for(lambda actor=actor: processes_of(job, actor), job)  # it may just be starting anew
         os.kill(processes_of(job, actor)[0].pid, signal.SIGKILL)
@@ -57,7 +57,17 @@ def prompts_used(run_dir: Path) -> dict:
 
 
 def settings(tiny_run, run_dir: Path, *more: str) -> list[str]:
-    return ppo_arguments(tiny_run, run_dir, "rollout.num_actors=2", "rollout.cpus_per_actor=0.2", *more)
+    steps = (f"num_steps={STEPS}", "eval.every_steps=10")
+    return ppo_arguments(tiny_run, run_dir, *steps, "rollout.num_actors=2", "rollout.cpus_per_actor=0.2", *more)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_run, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    job = start(settings(tiny_run, run_dir))
+    output, _ = job.communicate(timeout=WITHIN_S)
+    assert job.returncode == 0, output
+    return run_dir
 
 
 def full(seed: int):
@@ -66,8 +76,8 @@ def full(seed: int):
 
 
 @pytest.mark.parametrize("seed", [full(seed) for seed in range(5)])
-def test_three_random_kills_change_nothing_that_is_learned(tiny_run, tmp_path, seed, seen):
-    undisturbed, run_dir = tiny_run[0] / "ppo", tmp_path / "run"
+def test_three_random_kills_change_nothing_that_is_learned(tiny_run, undisturbed, tmp_path, seed, seen):
+    run_dir = tmp_path / "run"
     job = start(settings(tiny_run, run_dir))
     killed = kill_at_random(job, run_dir, random.Random(seed))
     output, _ = job.communicate(timeout=WITHIN_S)
@@ -88,8 +98,8 @@ def test_three_random_kills_change_nothing_that_is_learned(tiny_run, tmp_path, s
 
 
 @pytest.mark.scorecard("R07", "R10", "R18", tier="full", long=True)
-def test_a_rank_that_hangs_and_models_that_die_are_rebuilt_beside_real_engines(tiny_run, tmp_path, seen):
-    undisturbed, run_dir = tiny_run[0] / "ppo", tmp_path / "run"
+def test_a_rank_that_hangs_and_models_that_die_are_rebuilt_beside_real_engines(tiny_run, undisturbed, tmp_path, seen):
+    run_dir = tmp_path / "run"
     chosen = [
         Fault("policy.update", "stop", passes=3, rank=1),  # the other rank waits for it in a collective
         Fault("reference.logprobs", "kill", passes=3),

@@ -122,6 +122,22 @@ def test_every_prompt_is_trained_on_once_whatever_happens(make, cut_tail):
     assert overtook == (cut_tail == "true")
 
 
+@pytest.mark.parametrize("settings", [("max_policy_lag=0",), ("max_policy_lag=2", "rollout.cut_tail=true")])
+@pytest.mark.parametrize("score", [False, True])
+def test_a_step_that_begins_again_has_the_same_responses(make, settings, score):
+    batches = make(*settings)
+    shards = train(batches, range(3))
+    first, scores = batches.take(3)
+    batches.more([2], 3)
+    batches.put_back(score=score)
+    again, anew = batches.take(3)
+    assert again == first and (anew == scores) == (not score)
+    assert ray.get([one for (one,) in anew]) == [shard["prompts"] for shard in ray.get(again)]
+    batches.put_back(score=score)
+    shards += train(batches, range(3, STEPS))
+    assert sorted(prompts_of(shards)) == sorted(expected_prompts())
+
+
 @pytest.mark.scorecard("R19", partly=True)
 def test_work_goes_to_the_actor_with_the_fewest_tokens_before_it(make):
     roles = make().roles
