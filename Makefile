@@ -22,7 +22,7 @@ test: install
 	$(BIN)/python -m pytest $(ARGS)
 
 # The scorecard of what may go wrong: docs/reliability.md. Real Ray in both; the first with a fake engine, the second with
-# vLLM and DeepSpeed throughout.
+# vLLM and DeepSpeed throughout, and with tests that take too long for `make test`.
 faults: install
 	$(BIN)/python -m pytest --scorecard=fast $(ARGS)
 
