@@ -187,8 +187,10 @@ def test_ranks_of_a_lost_node_go_to_the_next_one_and_without_one_it_is_told(node
     process = driver(nodes, a_node_that_goes.__name__)
     nodes.add(labels={"rayllm.role": "brittle"}, num_cpus=1)
     assert process.stdout is not None
-    for line in iter(process.stdout.readline, "gone\n"):
-        assert line, "it ended"
+    said = []
+    while not said or said[-1] != "gone\n":
+        said.append(process.stdout.readline())
+        assert said[-1], "".join(said)
     nodes.add(labels={"rayllm.role": "brittle"}, num_cpus=1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
