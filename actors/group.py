@@ -187,8 +187,8 @@ def find_lost(groups: Sequence[ActorGroup[Any]]) -> dict[str, str]:
 def end_of(error: RayActorError) -> str:
     """How an actor ended."""
     if OUT_OF_MEMORY in str(error):
-        return "the node was out of memory"
-    return last_line(error)
+        return "its process was killed, the node was out of memory"
+    return "its process ended: " + last_line(error).rpartition("Worker exit detail: ")[2]
 
 
 def last_line(error: BaseException) -> str:

@@ -158,11 +158,11 @@ class WatchedGroup(ActorGroup[ActorT]):
 
     def _arguments_of(self, rank: int) -> dict[str, Any]:
         place = Place(self.role.name, self._generation, rank)
-        return {"watchman": self._watchman, "place": place, "arguments": super()._arguments_of(rank)}
+        return {"watchman": self._watchman, "place": place, **super()._arguments_of(rank)}
 
 
 def _watched_init(construct: Callable[..., None]) -> Callable[..., None]:
-    def init(self: Any, watchman: Any, place: Place, arguments: Mapping[str, Any]) -> None:
+    def init(self: Any, watchman: Any, place: Place, **arguments: Any) -> None:
         be_watched(watchman, place, disk=True)
         construct(self, **arguments)
 
