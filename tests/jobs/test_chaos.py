@@ -23,9 +23,9 @@ STEPS = 20
 
 
 def processes_of(job: subprocess.Popen, actor: str) -> list[psutil.Process]:
-    """Of a class of actors, the oldest first. The system cuts names off at 15 letters."""
+    """Of a class of actors, the oldest first. The system cuts names off at 15 letters, Ray adds what they do."""
     name = f"ray::{actor}"[:15]
-    found = [child for child in psutil.Process(job.pid).children(recursive=True) if child.name() == name]
+    found = [child for child in psutil.Process(job.pid).children(recursive=True) if child.name().startswith(name)]
     return sorted(found, key=lambda process: process.create_time())
 
 
