@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,11 +22,19 @@ KILLS = 3
 STEPS = 20
 
 
-def processes_of(job: subprocess.Popen, actor: str) -> list[psutil.Process]:
-    """Of a class of actors, the oldest first. The system cuts names off at 15 letters, Ray adds what they do."""
-    name = f"ray::{actor}"[:15]
-    found = [child for child in psutil.Process(job.pid).children(recursive=True) if child.name().startswith(name)]
-    return sorted(found, key=lambda process: process.create_time())
+def kill_one(job: subprocess.Popen, actor: str) -> bool:
+    """SIGKILL for the oldest process of a class of actors; False while there is none. The system cuts names off at 15
+    letters, Ray adds what they do."""
+    name, found = f"ray::{actor}"[:15], []
+    for child in psutil.Process(job.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if child.name().startswith(name) and child.status() != psutil.STATUS_ZOMBIE:
+                found.append((child.create_time(), child))
+    with suppress(psutil.NoSuchProcess):
+        if found:
+            min(found, key=lambda pair: pair[0])[1].kill()
+            return True
+    return False
 
 
 def kill_at_random(job: subprocess.Popen, run_dir: Path, rng: random.Random) -> list[str]:
@@ -36,8 +44,7 @@ def kill_at_random(job: subprocess.Popen, run_dir: Path, rng: random.Random) -> 
         wait_for(lambda step=step: len(steps_of(run_dir)) > step, job)
         time.sleep(rng.uniform(0, 1))
         actor = rng.choice(ACTORS)
-        wait_for(lambda actor=actor: processes_of(job, actor), job)  # it may just be starting anew
-        os.kill(processes_of(job, actor)[0].pid, signal.SIGKILL)
+        wait_for(lambda actor=actor: kill_one(job, actor), job)  # it may just be starting anew
         killed.append(f"{actor} after step {step}")
     return killed
 
