@@ -141,8 +141,9 @@ def a_node_that_goes() -> None:
 
     def lose_the_node() -> set[str]:
         there = {node for node, _ in group.whereabouts()}
-        parents = psutil.Process(group.call(Probe.pid)[0]).parents()
-        next(parent for parent in parents if parent.name() == "raylet").kill()
+        ranks = [psutil.Process(pid) for pid in group.call(Probe.pid)]
+        next(parent for parent in ranks[0].parents() if parent.name() == "raylet").kill()
+        psutil.wait_procs(ranks, timeout=60)
         assert list(find_lost([group])) == ["policy"]
         print("gone", flush=True)
         group.renew()
