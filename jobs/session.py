@@ -32,6 +32,9 @@ CONNECT_S = 10.0
 LOOK_S, GRACE_S = 1.0, 5.0
 """Between two looks at the daemons, and how long the job may take to end when they have ended."""
 
+DAEMONS = ("gcs_server", "raylet")
+"""Ray's: without one of them nothing goes on."""
+
 LOG_BYTES, LOG_FILES = 32 << 20, 3
 """Of each process's log: Ray begins a new file at so many bytes and keeps so many of the old ones."""
 
@@ -158,7 +161,7 @@ class _Starting:
         """End this process when a daemon has ended by itself: Ray's own calls would wait for minutes, or for ever."""
         missing = 0.0
         while not self._over.wait(LOOK_S) and not self._ending:
-            lost = [daemon.name() for daemon in _daemons() if not _is_running(daemon)]
+            lost = sorted({*DAEMONS} - {daemon.name() for daemon in _daemons() if _is_running(daemon)})
             missing = missing + LOOK_S if lost and not stopping.asked() else 0.0
             if missing > GRACE_S:
                 told = f"failed: Ray's {' and '.join(lost)} ended; the same command continues where the run was\n"
@@ -251,7 +254,7 @@ def _daemons() -> list[psutil.Process]:
 
 def _is_daemon(process: psutil.Process) -> bool:
     try:
-        return process.name() in ("gcs_server", "raylet")
+        return process.name() in DAEMONS
     except psutil.NoSuchProcess:
         return False
 
