@@ -35,8 +35,11 @@ PPO = ("policy", "critic", "reference", "reward", "rollout")
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
-    with cluster_of(NODES, tmp_path_factory.mktemp("nodes")) as found:
-        yield found
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("period_ms", 500), ("timeout_ms", 3000), ("failure_threshold", 3)):  # of a node that goes
+            patch.setenv(f"RAY_health_check_{name}", str(value))
+        with cluster_of(NODES, tmp_path_factory.mktemp("nodes")) as found:
+            yield found
 
 
 # What follows runs as drivers on the cluster, each in a process of its own.
