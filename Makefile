@@ -46,6 +46,9 @@ bench: install
 	      --json $(BENCH)/$$1-lag$$2-$$size-$$round.json $(ARGS) || exit 1; \
 	  done; \
 	done; done
+	@# One engine, which a second one joins.
+	$(BIN)/python -m bench.ppo --model $(BENCH)/10m --algorithm grpo --json $(BENCH)/elastic.json policy.num_actors=1 \
+	  rollout.num_actors=1 rollout.max_engines=2 policy.cpus_per_actor=0.4 rollout.cpus_per_actor=0.7
 	for size in 1m 10m; do \
 	  $(BIN)/python -m bench.sync --model $(BENCH)/$$size --json $(BENCH)/sync-$$size.json || exit 1; \
 	done

@@ -70,19 +70,21 @@ def _config(work: Path, model: Path, algorithm: str, num_steps: int, *, random_h
     return path
 
 
-def summarize(events: list[dict[str, Any]], watch: ProcessWatch) -> dict[str, Any]:
+def summarize(lines: list[dict[str, Any]], watch: ProcessWatch) -> dict[str, Any]:
     """Figures of a run.
 
     Args:
-        events: the lines of its events.jsonl; the first is of the moment before the first step.
-        watch: of its processes, with a mark for each event.
+        lines: of its events.jsonl; the first metrics are of the moment before the first step.
+        watch: of its processes, with a mark for each line.
     """
+    places = [place for place, line in enumerate(lines) if "metrics" in line]  # the others are notes
+    events = [lines[place] for place in places]
     steps = []
     for index, (before, event) in enumerate(zip(events[:-1], events[1:], strict=True)):
         times = {n.removeprefix("time/"): s for n, s in event["metrics"].items() if n.startswith("time/")}
         tokens = event["metrics"]["perf/tokens_per_second"] * times.pop("step")
         seconds = event["t"] - before["t"]
-        cpu = watch.cpu_seconds(index, index + 1)
+        cpu = watch.cpu_seconds(places[index], places[index + 1])
         steps.append(
             {
                 "step": seconds,
@@ -95,17 +97,18 @@ def summarize(events: list[dict[str, Any]], watch: ProcessWatch) -> dict[str, An
         )
     warm = steps[COLD_STEPS:] or steps[-1:]
     first = len(steps) - len(warm)
-    cpu = watch.cpu_seconds(first, len(steps))
+    cpu = watch.cpu_seconds(places[first], places[-1])
     return {
         "warm_steps": len(warm),
         "warm": {name: spread([step[name] for step in warm]) for name in warm[0]},
         "cpu_seconds_per_step": {kind: seconds / len(warm) for kind, seconds in sorted(cpu.items())},
         "startup": {n.removeprefix("startup/"): s for n, s in events[0]["metrics"].items() if n.startswith("startup/")},
-        "start_s": watch.marks[0].seconds,
-        "first_step_done_s": watch.marks[1].seconds,
+        "start_s": watch.marks[places[0]].seconds,
+        "first_step_done_s": watch.marks[places[1]].seconds,
         "peak_memory_gib": {"total": sum(watch.peak.values()), **dict(sorted(watch.peak.items()))},
         "own_memory_gib": dict(sorted(watch.own.items())),
         "steps": steps,
+        "engines": [event["metrics"]["rollout/engines"] for event in events[1:]],
         "last_metrics": events[-1]["metrics"],
     }
 
@@ -127,6 +130,10 @@ def show(result: dict[str, Any], to: Console) -> None:
         seconds = sum(cpu.values()) if kind == "total" else cpu.get(kind, 0.0)
         table.add_row(kind, f"{seconds:.3f}", f"{memory.get(kind, 0.0):.2f}")
     to.print(table)
+    for engines in sorted(set(result["engines"])) if len(set(result["engines"])) > 1 else ():
+        pairs = zip(result["steps"], result["engines"], strict=True)
+        times = [step["rollout"] for step, serving in list(pairs)[COLD_STEPS:] if serving == engines]
+        to.print(f"sampling with {engines:g} engines, {len(times)} steps: {written(spread(times))} s")
     to.print(
         f"start to first step {result['start_s']:.0f} s, until it is done {result['first_step_done_s']:.0f} s"
     )

@@ -22,6 +22,7 @@ RUN_BY = {
     "make test": ".ci/run",
     "make lint": ".ci/run",
     "make faults-full": "Makefile",
+    ".venv/bin/python -m bench.ppo --model runs/bench/10m": "Makefile",
     "make faults": ".ci/run",
     ".venv/bin/rayllm serve model=runs/quickstart/ppo/model": ".ci/run",
     ".venv/bin/rayllm chat": ".ci/run",
