@@ -145,8 +145,9 @@ def a_node_that_goes() -> None:
     def lose_the_node() -> set[str]:
         there = {node for node, _ in group.whereabouts()}
         ranks = [psutil.Process(pid) for pid in group.call(Probe.pid)]
-        next(parent for parent in ranks[0].parents() if parent.name() == "raylet").kill()
-        psutil.wait_procs(ranks, timeout=60)
+        raylet = next(parent for parent in ranks[0].parents() if parent.name() == "raylet")
+        for process in (raylet, *ranks):  # by themselves they would outlive it, here
+            process.kill()
         assert list(find_lost([group])) == ["policy"]
         print("gone", flush=True)
         group.renew()
