@@ -176,6 +176,7 @@ def _nothing() -> None:
 def _quiet_libraries(verbose: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a warning of Ray on CPU workers
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # else each report to Ray Train waits up to 2 s
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process of its own; nobody asks what it sees
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(LOG_BYTES))
     os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", str(LOG_FILES))
