@@ -77,12 +77,8 @@ def undisturbed(tiny_run, tmp_path_factory) -> Path:
     return run_dir
 
 
-def full(seed: int):
-    """The first seed is part of `make test`, the others of `make faults-full` alone."""
-    return pytest.param(seed, marks=pytest.mark.scorecard("R16", tier="full", long=seed > 0))
-
-
-@pytest.mark.parametrize("seed", [full(seed) for seed in range(5)])
+@pytest.mark.scorecard("R16", tier="full", long=True)
+@pytest.mark.parametrize("seed", range(5))
 def test_three_random_kills_change_nothing_that_is_learned(tiny_run, undisturbed, tmp_path, seed, seen):
     run_dir = tmp_path / "run"
     job = start(settings(tiny_run, run_dir))

@@ -227,8 +227,13 @@ def reached_more(folder: Path, step: int) -> bool:
     return any(int(path.name[-6:]) >= step for path in (folder / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.scorecard("R68", tier="full")
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.scorecard("R68", tier="full")),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.scorecard("R68", tier="full", long=True)),
+    ],
+)
 def test_stopping_a_training_job_leaves_nothing_and_the_next_run_continues(tiny_run, tmp_path, signum, status):
     source, _ = tiny_run
     run_dir = tmp_path / "run"
