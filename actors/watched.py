@@ -25,7 +25,7 @@ from actors.counters import counters
 from actors.group import Role, actor_options, constructor, whereabouts
 
 REPORT_S = 1.0
-STACKS_S = 1.0
+STACKS_S = 5.0
 """How long a process that is to be ended may take to say where it stands."""
 
 END_S = 5.0

@@ -63,12 +63,15 @@ class Watchman:
         self._guarded: dict[str, int] = {}
         """Role -> generation of the processes that must make progress."""
         self._watched: dict[Place, _Watched] = {}
+        self._reports: dict[Place, Report] = {}
+        """The last one of every process."""
         self._ends: dict[str, asyncio.Task[tuple[str, str]]] = {}
         self._now = 0.0
         """Seconds in which somebody looked: what this process slept through counts against nobody."""
 
     async def report(self, place: Place, report: Report) -> None:
         """From a process."""
+        self._reports[place] = report
         if self._guarded.get(place.role) == place.generation:
             self._watched.setdefault(place, _Watched(self._stall_s, self._now)).heard(report, self._now)
 
@@ -77,6 +80,11 @@ class Watchman:
         self._forget(role)  # others that were there before
         self._guarded[role] = generation
         self._ends.pop(role, None)
+        others = [place for place in self._reports if place.role == role and place.generation != generation]
+        for place in others:
+            del self._reports[place]
+        for place in [place for place in self._reports if place.role == role]:  # one that stops now sends no more
+            await self.report(place, self._reports[place])
 
     async def leave(self, role: str) -> tuple[str, str]:
         """Not any more. Returns why its ranks were ended and where their threads stood, or nothing."""

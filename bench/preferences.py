@@ -36,13 +36,15 @@ from rayllm.report.run import read_run
 from rayllm.world.summary import summarize
 
 TOY = "jobs/configs/preference-quickstart.yaml"
+FAST = ("batch_size=32", "optimizer.learning_rate=5e-4")
+TWICE = ("num_epochs=2", "sft_coef=1", *FAST)
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "dpo": ("preference", ()),
-    "dpo-plain": ("preference", ("sft_coef=0", "num_epochs=1", "pairs=all", "beta=0.1")),  # as in the paper
-    "ipo": ("preference", ("kind=ipo", "beta=1")),
-    "kto": ("preference", ("kind=kto", "sft_coef=0", "beta=1", "batch_size=64", "optimizer.learning_rate=3e-4")),
-    "orpo": ("preference", ("kind=orpo", "beta=0.5", "sft_coef=1")),
-    "simpo": ("preference", ("kind=simpo", "beta=2", "target_margin=0.5")),
+    "dpo-plain": ("preference", ("sft_coef=0", "num_epochs=1", "pairs=all", "beta=0.1", *FAST)),  # the paper's
+    "ipo": ("preference", ("kind=ipo", *TWICE)),
+    "kto": ("preference", ("kind=kto", "sft_coef=0", "num_epochs=2")),
+    "orpo": ("preference", ("kind=orpo", "beta=0.5", *TWICE)),
+    "simpo": ("preference", ("kind=simpo", "beta=2", "target_margin=0.5", *TWICE)),
     "rejection-sampling": ("sft", ("batch_size=32", "num_epochs=1", "eval_every=100", "learner.zero_stage=0",
                                    "workers.num_workers=2", "optimizer.learning_rate=5e-4")),
 }  # fmt: skip
