@@ -57,7 +57,7 @@ NUM_REJECTION, NUM_REJECTION_PROMPTS = 8, 2000
 """Answers and prompts of rejection sampling; the rankings hold 4 answers to 2000 prompts."""
 
 NUM_PROMPTS = 400
-PROMISED = 0.5
+PROMISED = 0.6
 """Part of PPO's gain that DPO reaches."""
 
 
