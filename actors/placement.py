@@ -137,7 +137,9 @@ def reserve(roles: Sequence[Role], config: PlacementConfig, say: Callable[[str],
     lacks = _lacks(shares)
     if lacks and not config.wait_s:
         raise InputError(f"placement: {lacks}; ask for less, or set placement.wait_s where nodes may come")
-    told = ""
+    told = lacks or ""
+    if told:
+        say(f"waiting for nodes: {told}")
     groups, patience, asked = [share.ask() for share in shares], PATIENCE_S, time.monotonic()
     while not _all_there(groups):
         lacks = _lacks(shares)
