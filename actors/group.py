@@ -25,7 +25,6 @@ PIECES = 4
 """Calls into which `ActorGroup.map_pieces` divides a rank's rows: the actor works while later rows are on their way,
 and many rows do not cost as many calls."""
 
-
 FIND_S, TOGETHER_S = 30.0, 1.0
 """How long `find_lost` waits for busy actors: until one is found lost, and after that for those that went with it."""
 
@@ -244,7 +243,7 @@ def collect(references: Sequence[Any], role: str) -> list[Any]:
         cause = root_cause(error)
         if isinstance(cause, FleetExhausted):
             raise FleetExhausted(str(cause)) from error
-        raise RuntimeError(f"{role}: {_last_line(error)}") from error
+        raise RuntimeError(f"{role}: {_cause_line(error)}") from error
     except OutOfMemoryError as error:
         raise RuntimeError(f"{role}: killed, the node was out of memory: {_first_line(error)}") from error
     except RayActorError as error:
@@ -264,7 +263,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _last_line(error: RayTaskError) -> str:
+def _cause_line(error: RayTaskError) -> str:
     cause = error.cause
     if isinstance(cause, RayTaskError | RayActorError):  # an argument of the call failed: its text says which
         return str(cause).strip().splitlines()[-1]

@@ -6,7 +6,8 @@ For any role; the supervisor runs an event loop and calls `look` now and then.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple
 
 import ray
@@ -18,6 +19,9 @@ from actors.group import last_line, root_cause
 from actors.health import Deadlines, Health, State
 from actors.watched import Report, end_process
 from rayllm.errors import EngineStopped
+
+LOOK_S = 0.5
+"""Between two looks at the actors."""
 
 BURIAL_S = 20.0
 """How long the node of a lost actor may take to end its process; one that takes longer is lost too."""
@@ -139,6 +143,17 @@ class Member:
     def kill(self) -> None:
         """Ray's own way, which reaches an actor that has no place yet too."""
         ray.kill(self._handle)
+
+
+async def looks() -> AsyncIterator[float]:
+    """The time of each look, for ever: seconds in which somebody looked. What this process slept through counts against
+    nobody."""
+    now, last = 0.0, time.monotonic()
+    while True:
+        await asyncio.sleep(LOOK_S)
+        now += min(time.monotonic() - last, 2 * LOOK_S)
+        last = time.monotonic()
+        yield now
 
 
 async def bury(report: Report) -> tuple[str, bool]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,9 @@ import ray
 
 from actors.group import Role
 from actors.health import Deadlines, State
-from actors.member import Call, Member
+from actors.member import Call, Member, looks
 from actors.watched import Report, start_watched
 from rayllm.errors import FleetExhausted
-
-LOOK_S = 0.5
-"""Between two looks at the actors."""
 
 BUDGET_S = 3600.0
 """Restarts are counted over so many seconds."""
@@ -99,7 +95,7 @@ class Supervisor(ABC, Generic[MemberT]):
         self._short_since: float | None = None
         self._told_short = False
         self._now = 0.0
-        """Seconds in which somebody looked: what this process slept through counts against nobody."""
+        """Of the last look."""
         self._lines: list[tuple[str, str]] = []
         self._hushed = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -167,11 +163,7 @@ class Supervisor(ABC, Generic[MemberT]):
         self._say(f"{member.name} is lost{'' if node_lives else ' with its node'}: {reason}{leaves}", stacks)
 
     async def _watch(self) -> None:
-        last = time.monotonic()
-        while True:
-            await asyncio.sleep(LOOK_S)
-            self._now += min(time.monotonic() - last, 2 * LOOK_S)
-            last = time.monotonic()
+        async for self._now in looks():
             self._look()
             self._refill()
             self._check_enough()

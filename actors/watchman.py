@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import time
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, NamedTuple
@@ -22,9 +21,8 @@ from actors.counters import count
 from actors.environment import worker_env
 from actors.group import ActorGroup, ActorT, Role, Seats, is_async
 from actors.health import Deadlines, Health, State
-from actors.member import bury
+from actors.member import bury, looks
 from actors.publishing import this_node
-from actors.supervisor import LOOK_S
 from actors.watched import Report, be_watched
 
 BEGUN, DONE = "begun", "done"
@@ -67,7 +65,7 @@ class Watchman:
         """The last one of every process."""
         self._ends: dict[str, asyncio.Task[tuple[str, str]]] = {}
         self._now = 0.0
-        """Seconds in which somebody looked: what this process slept through counts against nobody."""
+        """Of the last look."""
 
     async def report(self, place: Place, report: Report) -> None:
         """From a process."""
@@ -80,11 +78,11 @@ class Watchman:
         self._forget(role)  # others that were there before
         self._guarded[role] = generation
         self._ends.pop(role, None)
-        others = [place for place in self._reports if place.role == role and place.generation != generation]
-        for place in others:
+        known = {place: report for place, report in self._reports.items() if place.role == role}
+        for place, report in known.items():
             del self._reports[place]
-        for place in [place for place in self._reports if place.role == role]:  # one that stops now sends no more
-            await self.report(place, self._reports[place])
+            if place.generation == generation:  # one that stops now sends no more
+                await self.report(place, report)
 
     async def leave(self, role: str) -> tuple[str, str]:
         """Not any more. Returns why its ranks were ended and where their threads stood, or nothing."""
@@ -97,11 +95,7 @@ class Watchman:
         self._task = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
-        last = time.monotonic()
-        while True:
-            await asyncio.sleep(LOOK_S)
-            self._now += min(time.monotonic() - last, 2 * LOOK_S)
-            last = time.monotonic()
+        async for self._now in looks():
             for place, one in list(self._watched.items()):
                 if place in self._watched and one.health.look(self._now) is State.DEAD:
                     why = f"rank {place.rank} made no progress for {one.health.still(self._now):.0f} s"

@@ -134,7 +134,7 @@ def pack(
             tensor = tensor.to(dtype)
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
             raise RuntimeError(f"weights of version {version} are not handed out: {name} holds NaN or infinity")
-        data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = _bytes_of(tensor)
         start = end + -end % ALIGNMENT
         dtype_name = str(tensor.dtype).removeprefix("torch.")
         entries[name] = Entry(name, dtype_name, tuple(tensor.shape), start, data.nbytes)
@@ -186,8 +186,12 @@ def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     found = xxhash.xxh3_128()
     for name, tensor in named_tensors:
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(_bytes_of(tensor.detach()).data)
     return found.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def check_shapes(

@@ -130,9 +130,10 @@ def show(result: dict[str, Any], to: Console) -> None:
         seconds = sum(cpu.values()) if kind == "total" else cpu.get(kind, 0.0)
         table.add_row(kind, f"{seconds:.3f}", f"{memory.get(kind, 0.0):.2f}")
     to.print(table)
-    for engines in sorted(set(result["engines"])) if len(set(result["engines"])) > 1 else ():
-        pairs = zip(result["steps"], result["engines"], strict=True)
-        times = [step["rollout"] for step, serving in list(pairs)[COLD_STEPS:] if serving == engines]
+    sampling: dict[float, list[float]] = {}
+    for step, engines in list(zip(result["steps"], result["engines"], strict=True))[COLD_STEPS:]:
+        sampling.setdefault(engines, []).append(step["rollout"])
+    for engines, times in sorted(sampling.items()):
         to.print(f"sampling with {engines:g} engines, {len(times)} steps: {written(spread(times))} s")
     to.print(
         f"start to first step {result['start_s']:.0f} s, until it is done {result['first_step_done_s']:.0f} s"

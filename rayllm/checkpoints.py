@@ -7,6 +7,7 @@ checkpoints/step-000010/         renamed from partial-000010 once all of it is o
     state.json                   the job's own state
     policy/part-0-0.safetensors  what a rank wrote (`rayllm.models.pieces`)
 checkpoints/refused-000020/      found damaged at a start; goes with the next save
+checkpoints/storing/             what is being copied to `storage_path`
 ```
 """
 
