@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.credit import completed
 from actors.learner import LearnerActor
 from actors.publishing import Published, Publisher
 from actors.scoring import mean_nats
@@ -23,15 +24,9 @@ from rayllm.algorithms.logprobs import token_entropy, token_logprobs
 from rayllm.algorithms.losses import aggregate, language_model_loss, policy_loss
 from rayllm.algorithms.metrics import approx_kl, clip_fraction
 from rayllm.algorithms.off_policy import importance_weights, mismatch
-from rayllm.algorithms.rewards import (
-    group_normalize,
-    length_penalty,
-    overlong_penalty,
-    per_token_rewards,
-)
 from rayllm.config.ppo import PPOConfig
-from rayllm.data.experience import Experience, check_finite, concat, without_dropped
-from rayllm.data.scores import Mix, Scores, mixed, with_step_rewards
+from rayllm.data.experience import Experience, concat
+from rayllm.data.scores import Mix, Scores
 from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
 from rayllm.models.loading import DTYPES, load_causal_lm, load_tokenizer, save_model
@@ -94,81 +89,10 @@ class PolicyActor(LearnerActor):
         mix: Mix,
         kl_coef: float,
     ) -> Experience:
-        """The shard with all that the updates need: token rewards, advantages, returns, off-policy weights.
-
-        Args:
-            shard: rollouts.
-            logprobs: (B, T) of this policy; None where the step's only update computes them: the penalty then takes
-                the sampler's.
-            ref_logprobs, values: (B, T); None in a run without them.
-            scores: of the shard, one a source of rewards; after these, for ReMax, those of its greedy responses. A
-                response that a source dropped is left out of everything that is learned.
-            mix: how the sources count.
-            kl_coef: of this step.
-
-        Raises:
-            RuntimeError: a number of an action token is not finite; says whose it is and names the prompts.
-        """
-        given, greedy = scores[: len(mix)], scores[len(mix) :]
-        rewards = mixed(shard, given, mix)
-        baselines = mixed(shard.replace(turn_rewards=None), greedy, mix) if greedy else None
-        shard, rewards, baselines = without_dropped(with_step_rewards(shard, given, mix), rewards, baselines)
-        check_finite(
-            shard,
-            {
-                "the sampler's log-probabilities": shard.rollout_logprobs,
-                "the policy's log-probabilities": logprobs,
-                "the reference's log-probabilities": ref_logprobs,
-                "the critic's values": values,
-            },
+        """`completed`."""
+        return completed(
+            shard, logprobs, ref_logprobs, values, scores, mix=mix, kl_coef=kl_coef, config=self.config
         )
-        algorithm, mask = self.config.algorithm, shard.action_mask
-        # What the environment's turns earned lies where they ended; the rest of the reward at the response's end.
-        final = rewards if shard.turn_rewards is None else rewards - shard.turn_rewards.sum(1)
-        sampled = shard.rollout_logprobs if logprobs is None else logprobs
-        penalty_in_reward = ref_logprobs is not None and algorithm.kl_in == "reward"
-        token_rewards = per_token_rewards(
-            self._shaped(final, shard),
-            sampled,
-            ref_logprobs if penalty_in_reward else sampled,
-            mask,
-            kl_coef=kl_coef if penalty_in_reward else 0.0,
-            estimator=algorithm.kl_estimator,
-            clip=self.config.shaping.clip,
-            turn_rewards=shard.turn_rewards,
-        )
-        if baselines is not None:
-            baselines = self._shaped(baselines, shard)
-        advantages, returns = self.estimator(
-            token_rewards,
-            mask,
-            values=values,
-            prompt_ids=shard.prompt_ids,
-            baseline=baselines,
-            gamma=algorithm.gamma,
-            gae_lambda=algorithm.gae_lambda,
-        )
-        filled = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
-        return shard.replace(
-            rewards=rewards,
-            advantages=advantages,
-            returns=returns,
-            **{name: tensor for name, tensor in filled.items() if tensor is not None},
-        )
-
-    def _shaped(self, rewards: torch.Tensor, shard: Experience) -> torch.Tensor:
-        """(B,) scores with what the response's length and end take off."""
-        shaping, lengths = self.config.shaping, shard.action_mask.sum(1)
-        if shaping.normalize == "group":
-            kept = shard.action_mask.any(1)
-            normalized = group_normalize(rewards[kept], shard.prompt_ids[kept])
-            rewards = torch.zeros_like(rewards).masked_scatter(kept, normalized)
-        rewards = rewards - shaping.missing_eos_penalty * (~shard.stopped)
-        rewards = rewards + length_penalty(lengths, per_token=shaping.length_penalty)
-        if shaping.overlong_buffer:
-            limit = self.config.rollout.max_new_tokens
-            rewards = rewards + overlong_penalty(lengths, max_length=limit, buffer=shaping.overlong_buffer)
-        return rewards
 
     def update(self, *shards: Experience, step: int, kl_coef: float) -> dict[str, float]:
         """Clipped policy steps on the step's experience. Returns metrics of rollouts and update."""

@@ -9,6 +9,9 @@ A client that gives no sampling options gets temperature 1, top-p 1, no top-k, n
 as fit: plain sampling from the model, as in RLHF training. The sampling defaults in a model's own
 ``generation_config.json`` are not used (``engine.generation_config=auto`` brings them back). Answers stop at
 the tokenizer's end-of-sequence token, here end-of-turn, and at every ``eos_token_id`` in that file.
+
+Every answer's ``system_fingerprint`` is the start of the model's id in its lineage: it tells which model gave it,
+whatever was served before and after under the same name.
 """
 
 from __future__ import annotations
@@ -32,11 +35,15 @@ from actors.web_guard import Guard, key_digest
 from rayllm import faults
 from rayllm.config.serve import ServeConfig
 from rayllm.errors import InputError
+from rayllm.lineage import read_manifest
 
 DEPLOYMENT = "ModelServer"
 CPU_KV_CACHE_BYTES = 512 * 1024**2
 MAX_ANSWERS = 64
 """To one request (`n`)."""
+
+FINGERPRINT_DIGITS = 16
+"""Of a model's id."""
 
 BAD_ARGUMENT = "engine argument refused: "
 LOAD_FAILED = "engine did not start: "
@@ -188,6 +195,9 @@ def vllm_arguments(config: ServeConfig) -> dict[str, Any]:
         "worker_extension_cls": "actors.engine_guard.EngineGuard",
         "uvicorn_log_level": "warning",
     }
+    manifest = read_manifest(config.model)
+    if manifest is not None:
+        arguments |= {"fingerprint_mode": "custom", "fingerprint_value": manifest["id"][:FINGERPRINT_DIGITS]}
     arguments |= _cuda_arguments(config) if config.gpus_per_replica else _cpu_arguments(config)
     if config.max_model_len is not None:
         arguments["max_model_len"] = config.max_model_len

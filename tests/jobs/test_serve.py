@@ -59,7 +59,7 @@ def server(tiny_model_dir, tmp_path_factory):
     """The job in a process group of its own, as a terminal would start it."""
     folder = tmp_path_factory.mktemp("serve")
     (folder / "key").write_text(KEY + "\n")
-    port = _free_port()
+    port = free_port()
     config = {
         "model": str(tiny_model_dir),
         "served_model_name": "tiny",
@@ -112,7 +112,7 @@ def greedy(tiny_model_dir):
     return answer
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
 
@@ -324,7 +324,7 @@ def test_chat_errors_are_one_clear_line(server, tmp_path):
     with pytest.raises(InputError, match="max_tokens.*HTTP 400"):
         chat(_chat_config(server, prompt="x", max_tokens=100_000))
     with pytest.raises(InputError, match="rayllm serve model=FOLDER"):
-        chat(ChatConfig(url=f"http://127.0.0.1:{_free_port()}/v1", prompt="x"))
+        chat(ChatConfig(url=f"http://127.0.0.1:{free_port()}/v1", prompt="x"))
 
 
 @pytest.mark.scorecard("S14", "R44")
@@ -391,7 +391,7 @@ def test_announcement_never_shows_the_key(tmp_path):
 
 
 def test_a_refused_start_in_a_shared_cluster_leaves_no_serve(local_ray, tiny_model_dir):
-    port = _free_port()
+    port = free_port()
     with pytest.raises(InputError, match="num_replicas=99 .* needs 99 CPUs but Ray has 8"):
         serve(ServeConfig(model=tiny_model_dir, port=port, num_replicas=99))
     typo = {"kv_cache_memory_byte": 1}

@@ -1,0 +1,112 @@
+"""What the responses of a step earned, put where the updates of policy and critic look for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rayllm.algorithms.rewards import group_normalize, length_penalty, overlong_penalty, per_token_rewards
+from rayllm.config.ppo import PPOConfig
+from rayllm.data.experience import Experience, check_finite, without_dropped
+from rayllm.data.scores import Mix, Scores, mixed, with_step_rewards
+
+
+def completed(
+    shard: Experience,
+    logprobs: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    values: torch.Tensor | None,
+    scores: Sequence[Scores],
+    *,
+    mix: Mix,
+    kl_coef: float,
+    config: PPOConfig,
+) -> Experience:
+    """The shard with all that the updates need: token rewards, advantages, returns, off-policy weights.
+
+    Args:
+        shard: rollouts.
+        logprobs: (B, T) nats of the policy; None where the step's only update computes them: the penalty then takes the
+            sampler's.
+        ref_logprobs, values: (B, T); None in a run without them.
+        scores: of the shard, one a source of rewards; after these, for ReMax, those of its greedy responses. A response
+            that a source dropped is left out of everything that is learned.
+        mix: how the sources count.
+        kl_coef: of this step.
+
+    Raises:
+        RuntimeError: a number of an action token is not finite; says whose it is and names the prompts.
+    """
+    given, greedy = scores[: len(mix)], scores[len(mix) :]
+    rewards = mixed(shard, given, mix)
+    baselines = mixed(shard.replace(turn_rewards=None), greedy, mix) if greedy else None
+    shard, rewards, baselines = without_dropped(with_step_rewards(shard, given, mix), rewards, baselines)
+    check_finite(
+        shard,
+        {
+            "the sampler's log-probabilities": shard.rollout_logprobs,
+            "the policy's log-probabilities": logprobs,
+            "the reference's log-probabilities": ref_logprobs,
+            "the critic's values": values,
+        },
+    )
+    if baselines is not None:
+        baselines = _shaped(baselines, shard, config)
+    advantages, returns = config.algorithm.estimator(
+        _token_rewards(shard, rewards, logprobs, ref_logprobs, kl_coef, config),
+        shard.action_mask,
+        values=values,
+        prompt_ids=shard.prompt_ids,
+        baseline=baselines,
+        gamma=config.algorithm.gamma,
+        gae_lambda=config.algorithm.gae_lambda,
+    )
+    filled = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": values}
+    return shard.replace(
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+        **{name: tensor for name, tensor in filled.items() if tensor is not None},
+    )
+
+
+def _token_rewards(
+    shard: Experience,
+    rewards: torch.Tensor,
+    logprobs: torch.Tensor | None,
+    ref_logprobs: torch.Tensor | None,
+    kl_coef: float,
+    config: PPOConfig,
+) -> torch.Tensor:
+    """(B, T): what the environment's turns earned where they ended, the rest of the (B,) rewards at the response's end,
+    and the penalty for leaving the reference at every token, if it is part of the reward."""
+    final = rewards if shard.turn_rewards is None else rewards - shard.turn_rewards.sum(1)
+    sampled = shard.rollout_logprobs if logprobs is None else logprobs
+    if ref_logprobs is None or config.algorithm.kl_in != "reward":
+        ref_logprobs = sampled  # no penalty
+    return per_token_rewards(
+        _shaped(final, shard, config),
+        sampled,
+        ref_logprobs,
+        shard.action_mask,
+        kl_coef=kl_coef,
+        estimator=config.algorithm.kl_estimator,
+        clip=config.shaping.clip,
+        turn_rewards=shard.turn_rewards,
+    )
+
+
+def _shaped(rewards: torch.Tensor, shard: Experience, config: PPOConfig) -> torch.Tensor:
+    """(B,) rewards with what the response's length and end take off."""
+    shaping, lengths = config.shaping, shard.action_mask.sum(1)
+    if shaping.normalize == "group":
+        kept = shard.action_mask.any(1)
+        normalized = group_normalize(rewards[kept], shard.prompt_ids[kept])
+        rewards = torch.zeros_like(rewards).masked_scatter(kept, normalized)
+    rewards = rewards - shaping.missing_eos_penalty * (~shard.stopped)
+    rewards = rewards + length_penalty(lengths, per_token=shaping.length_penalty)
+    if shaping.overlong_buffer:
+        limit = config.rollout.max_new_tokens
+        rewards = rewards + overlong_penalty(lengths, max_length=limit, buffer=shaping.overlong_buffer)
+    return rewards
