@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from actors.group import ActorGroup, Role
+from actors.group import ActorGroup, Role, find_lost
 from actors.placement import reserve, where
+from jobs.ppo_recovery import Recovery
 from rayllm.config.common import PlacementConfig
 from rayllm.config.rl import PPOPlacementConfig
-from rayllm.errors import InputError
+from rayllm.errors import FleetExhausted, InputError
 from tests.jobs.conftest import ROOT, rayllm
 from tests.jobs.test_rl import SMALL
 from tests.nodes import Nodes, cluster_of
@@ -31,8 +35,11 @@ PPO = ("policy", "critic", "reference", "reward", "rollout")
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
-    with cluster_of(NODES, tmp_path_factory.mktemp("nodes")) as found:
-        yield found
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("period_ms", 500), ("timeout_ms", 3000), ("failure_threshold", 3)):  # of a node that goes
+            patch.setenv(f"RAY_health_check_{name}", str(value))
+        with cluster_of(NODES, tmp_path_factory.mktemp("nodes")) as found:
+            yield found
 
 
 # What follows runs as drivers on the cluster, each in a process of its own.
@@ -40,6 +47,9 @@ def nodes(tmp_path_factory):
 
 class Probe:
     """An actor that computes nothing."""
+
+    def pid(self) -> int:
+        return os.getpid()
 
 
 def start(config: PlacementConfig, *roles: Role) -> dict[str, list[tuple[str | None, list[str]]]]:
@@ -124,6 +134,36 @@ def a_node_that_comes() -> None:
     print(start(config, Role("reward", 1, 1, 0)), flush=True)
 
 
+def a_node_that_goes() -> None:
+    """With the ranks of a learner. The first time another node comes, the second time none."""
+    config, role = PlacementConfig(wait_s=120, node_types={"policy": "brittle"}), Role("policy", 2, 0.5, 0)
+    settings = SimpleNamespace(placement=SimpleNamespace(wait_s=0.0))
+    recovery = Recovery(SimpleNamespace(config=settings, roles=SimpleNamespace(models={})), {})  # type: ignore[arg-type]
+    held = reserve([role], config, print)
+    group = ActorGroup(role, Probe, lambda rank: {}, held.seats(role))
+
+    def lose_the_node() -> set[str]:
+        there = {node for node, _ in group.whereabouts()}
+        ranks = [psutil.Process(pid) for pid in group.call(Probe.pid)]
+        raylet = next(parent for parent in ranks[0].parents() if parent.name() == "raylet")
+        for process in (raylet, *ranks):  # by themselves they would outlive it, here
+            process.kill()
+        assert list(find_lost([group])) == ["policy"]
+        print("gone", flush=True)
+        group.renew()
+        return there
+
+    before = lose_the_node()
+    recovery._wait_for_places({"policy": group})  # type: ignore[dict-item]
+    assert before.isdisjoint(node for node, _ in group.whereabouts())
+    lose_the_node()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FleetExhausted, match=(
+        r"no place was found within 2 s: needed are policy 2 x 0.5 CPU and 0 GPU, free are .* CPU and \d GPU\. The last"
+    )):  # fmt: skip
+        patch.setattr("jobs.ppo_recovery.PLACE_S", 2.0)
+        recovery._wait_for_places({"policy": group})  # type: ignore[dict-item]
+
+
 def driver(nodes: Nodes, name: str) -> subprocess.Popen[str]:
     code = f"import ray, tests.jobs.test_placement as t; ray.init(log_to_driver=False, logging_level=40); t.{name}()"
     return subprocess.Popen(
@@ -145,6 +185,21 @@ def test_what_is_asked_for_while_nodes_may_come_is_placed_when_they_do(nodes):
     nodes.add(labels={"rayllm.role": "late"}, num_cpus=1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "{'reward': [('late', [''])]}" in output, output
+
+
+@pytest.mark.scorecard("R13", partly=True)
+def test_ranks_of_a_lost_node_go_to_the_next_one_and_without_one_it_is_told(nodes, seen):
+    process = driver(nodes, a_node_that_goes.__name__)
+    nodes.add(labels={"rayllm.role": "brittle"}, num_cpus=1)
+    assert process.stdout is not None
+    said = []
+    while not said or said[-1] != "gone\n":
+        said.append(process.stdout.readline())
+        assert said[-1], "".join(said)
+    nodes.add(labels={"rayllm.role": "brittle"}, num_cpus=1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    seen("a learner's ranks came back on another node; without one the run ends with need against have")
 
 
 # The RL job itself.
