@@ -35,7 +35,7 @@ from actors.web_guard import Guard, key_digest
 from rayllm import faults
 from rayllm.config.serve import ServeConfig
 from rayllm.errors import InputError
-from rayllm.lineage import read_manifest
+from rayllm.lineage import check_files, read_manifest
 
 DEPLOYMENT = "ModelServer"
 CPU_KV_CACHE_BYTES = 512 * 1024**2
@@ -182,8 +182,13 @@ def build_app(args: dict[str, Any]) -> Application:
     """For a Serve config file: ``import_path: actors.serving:build_app``, ServeConfig's keys under ``args``.
 
     The file's own ``http_options`` say where to listen; ``host`` and ``port`` have no effect there.
+
+    Raises:
+        InputError: a file of the model is not the one that its lineage lists; the key file cannot be used.
     """
-    return application(ServeConfig.model_validate(args), local=False)
+    config = ServeConfig.model_validate(args)
+    check_files(config.model, key="model")
+    return application(config, local=False)
 
 
 def vllm_arguments(config: ServeConfig) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Every RL algorithm on the toy world, from one SFT model, with the gold judge as the reward.
+"""RL algorithms on the toy world, from one SFT model, with the gold judge as the reward.
 
     python -m bench.algorithms runs/quickstart runs/algorithms [NAME ...]
 
-Runs the presets of jobs/configs/ at toy size (60 steps of 64 responses), and PPO with and without PPO-ptx; what is
+Runs the presets of jobs/configs/ at toy size (60 steps of 64 responses), PPO-ptx and PPO of adapters; what is
 done is not done again. Prints a Markdown table: gold score on held-out prompts, the part of the way from the SFT model
 to the best possible score, drift, bits per byte, time.
 """

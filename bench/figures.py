@@ -45,7 +45,7 @@ def circumstances() -> dict[str, Any]:
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-            "system": platform.platform(),
+            "system": f"{platform.system()} {platform.release().partition('-')[0]}",
             "load_before": round(os.getloadavg()[0], 2),
         },
         "versions": {"python": platform.python_version(), **versions()},

@@ -27,7 +27,7 @@ from rayllm.planning.advice import nearest_fit
 from rayllm.planning.balance import best_split
 from rayllm.planning.plan import Plan, load_job, make_plan
 
-ACTORS = {"policy": "PolicyActor", "critic": "CriticActor", "reference": "ReferenceActor", "reward": "RewardActor",
+ACTORS = {"policy": "PolicyActor", "critic": "CriticActor", "reference": "ReferenceActor", "reward": "SourceActor",
           "rollout": "RolloutActor"}  # fmt: skip
 """Role -> its processes' kind in the result."""
 

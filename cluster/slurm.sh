@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One Ray cluster for one job, inside a Slurm allocation:
 #   sbatch cluster/slurm.sh ppo --config my-ppo.yaml run_dir=/shared/runs/ppo
-# Submit it from the root of a checkout on storage that all nodes share, in which `make install` was run.
+# Submit it from the root of a checkout on storage that all nodes share, with a .venv: `python3 -m venv .venv`,
+# `.venv/bin/pip install -e '.[gpu]'` (`make install` is for CPUs).
 #SBATCH --job-name=rayllm
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +38,7 @@ from rayllm.config.reward import JudgeSource
 from rayllm.config.serve import ServeConfig
 from rayllm.data.samples import Samples
 from rayllm.errors import InputError
+from rayllm.lineage import write_manifest
 from tests.conftest import ROOT
 
 KEY = "sk-test-4711"
@@ -370,6 +372,15 @@ def test_a_serve_config_file_can_build_the_app(tiny_model_dir):
     assert isinstance(build_app({"model": str(tiny_model_dir), "num_replicas": 2}), Application)
     with pytest.raises(ValidationError, match="num_replica"):
         build_app({"model": str(tiny_model_dir), "num_replica": 2})
+
+
+def test_a_serve_config_refuses_a_model_that_was_changed(tiny_model_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    write_manifest(folder, stage="test", parents=[], data=[], config={}, metrics={})
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(InputError, match=r"config\.json is not the file that was written"):
+        build_app({"model": str(folder)})
 
 
 @pytest.mark.scorecard("S09")

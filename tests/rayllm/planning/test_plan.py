@@ -271,7 +271,7 @@ MEASURED = {
                    "tie_word_embeddings": True, **SHAPE_10M},
         "overrides": [],
         "own": {"PolicyActor": 0.939, "CriticActor": 0.890, "RolloutActor": 0.717, "ReferenceActor": 0.343,
-                "RewardActor": 0.326},
+                "SourceActor": 0.326},
         "seconds": {"rollout": 2.33, "score": 2.83, "update": 6.13, "sync": 0.13, "step": 11.43},
     },
     "135M": {
