@@ -102,9 +102,9 @@ class FleetActor(Supervisor[Engine]):
         announced by `sync` nobody begins to read, for what is read now changes."""
         self._publishing = True
         await self._unless_failed(lambda: not any(engine.reading for engine in self._members.values()))
-        if self._size.most > self._size.start:
-            return None
         role, nodes = self._blueprint.role, await asyncio.to_thread(ray.nodes)
+        if self._size.most > self._size.start or not all(node["Alive"] for node in nodes):
+            return None  # others may come
         fits = [node for node in nodes if node["Alive"] and role.cpus <= node["Resources"].get("CPU", 0)]
         return sorted(node["NodeID"] for node in fits if role.gpus <= node["Resources"].get("GPU", 0))
 

@@ -176,16 +176,16 @@ def find_lost(groups: Sequence[ActorGroup[Any]]) -> dict[str, str]:
         for reference in done:
             try:
                 ray.get(reference)
-            except RayActorError as error:
+            except (RayActorError, OutOfMemoryError) as error:
                 role, rank = asked[reference]
                 found.setdefault(role, f"rank {rank}: {end_of(error)}")
                 deadline = min(deadline, time.monotonic() + TOGETHER_S)
     return found
 
 
-def end_of(error: RayActorError) -> str:
+def end_of(error: RayActorError | OutOfMemoryError) -> str:
     """How an actor ended."""
-    if OUT_OF_MEMORY in str(error):
+    if isinstance(error, OutOfMemoryError) or OUT_OF_MEMORY in str(error):
         return "its process was killed, the node was out of memory"
     return "its process ended: " + last_line(error).rpartition("Worker exit detail: ")[2]
 

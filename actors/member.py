@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.environment import worker_env
-from actors.group import last_line, root_cause
+from actors.group import end_of, last_line, root_cause
 from actors.health import Deadlines, Health, State
 from actors.watched import Report, end_process
 from rayllm.errors import EngineStopped
@@ -23,8 +23,8 @@ from rayllm.errors import EngineStopped
 LOOK_S = 0.5
 """Between two looks at the actors."""
 
-BURIAL_S = 20.0
-"""How long the node of a lost actor may take to end its process; one that takes longer is lost too."""
+BURIAL_S, BURIALS = 20.0, 3
+"""How long the node of a lost actor may take to end its process, and how often it is asked."""
 
 
 class Call(NamedTuple):
@@ -118,6 +118,8 @@ class Member:
             if not isinstance(cause, EngineStopped):
                 raise cause from None
             self.lose(str(cause))
+        except OutOfMemoryError as error:  # Ray ended the process before the node had to
+            self.lose(end_of(error))
         finally:
             self.health.ended(self._clock())
         raise Lost(self.name)
@@ -162,10 +164,14 @@ async def bury(report: Report) -> tuple[str, bool]:
     there = NodeAffinitySchedulingStrategy(report.node, soft=False)
     settings: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
     end: Any = ray.remote(end_process).options(**settings, runtime_env={"env_vars": worker_env(0)})
-    try:
-        return await asyncio.wait_for(_answer(end.remote(report)), BURIAL_S), True
-    except (TimeoutError, RayError):
-        return "", False
+    for _ in range(BURIALS):
+        try:
+            return await asyncio.wait_for(_answer(end.remote(report)), BURIAL_S), True
+        except (TimeoutError, RayError):
+            nodes = await asyncio.to_thread(ray.nodes)
+            if not any(node["Alive"] for node in nodes if node["NodeID"] == report.node):
+                return "", False
+    return "", True
 
 
 async def _answer(reference: Any) -> Any:

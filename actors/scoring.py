@@ -65,4 +65,5 @@ def mean_nats(model: Callable[..., Any], rows: torch.Tensor, size: int, device: 
     for part in rows.split(size):
         part = part.to(device)
         total += float(language_model_loss(model(input_ids=part).logits, part)) * len(part)
+        count("parts")
     return total / len(rows)

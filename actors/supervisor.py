@@ -211,7 +211,8 @@ class Supervisor(ABC, Generic[MemberT]):
         limit = max(self._size.wait_s, PLACE_S)
         missing = f"{have}; one needs {role.cpus:g} CPU and {role.gpus:g} GPU"
         if short > limit:
-            self._give_up(f"{missing}, and none found a place within {limit:g} s")
+            lost = f"; the last that was lost: {self._last_lost}" if self._last_lost else ""
+            self._give_up(f"{missing}, and none found a place within {limit:g} s{lost}")
         elif short > PATIENCE_S and not self._told_short:
             self._told_short = True
             self._say(f"waiting: {missing}")

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -37,7 +38,7 @@ class Report:
 
     node: str
     pid: int
-    created: float
+    started: int
     """With the pid it names the process for good: pids come again."""
 
     stacks: int
@@ -86,13 +87,13 @@ def be_watched(supervisor: Any, name: Any, *, disk: bool = False) -> None:
 def _report(supervisor: Any, name: Any, stacks: Any, disk: bool) -> None:
     node = str(ray.get_runtime_context().get_node_id())
     process = psutil.Process()
-    pid, created = process.pid, process.create_time()
+    pid, started = process.pid, start_of(process.pid)
     while ray.is_initialized():
         done = dict(counters)
         if disk:
             moved = process.io_counters()
             done["disk"] = moved.read_bytes + moved.write_bytes
-        supervisor.report.remote(name, Report(node, pid, created, stacks.fileno(), done))
+        supervisor.report.remote(name, Report(node, pid, started, stacks.fileno(), done))
         time.sleep(REPORT_S)
 
 
@@ -100,9 +101,9 @@ def end_process(report: Report) -> str:
     """End a process of this node, its process group and its descendants; returns where its threads stood, if it
     still lived."""
     stacks, family = "", []
-    with suppress(psutil.NoSuchProcess):
+    with suppress(psutil.NoSuchProcess, FileNotFoundError):
         process = psutil.Process(report.pid)
-        if process.create_time() != report.created:
+        if start_of(report.pid) != report.started:
             return ""  # long gone, and its pid is somebody else's
         family = [process, *process.children(recursive=True)]
         if process.status() != psutil.STATUS_ZOMBIE:
@@ -114,6 +115,16 @@ def end_process(report: Report) -> str:
             member.kill()
     psutil.wait_procs(family, timeout=END_S)
     return stacks
+
+
+def start_of(pid: int) -> int:
+    """Ticks from the machine's start to the process's, of which no change of the clock makes others.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[19])  # proc_pid_stat(5): field 22, and two are before the bracket
 
 
 def _stacks(report: Report) -> str:

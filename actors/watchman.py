@@ -26,7 +26,13 @@ from actors.publishing import this_node
 from actors.watched import Report, be_watched
 
 BEGUN, DONE = "begun", "done"
-"""Counters of calls."""
+"""Counters of calls, the constructor's included."""
+
+STARTED = 2
+"""Calls that are done when a process has started: its constructor's and `setup`."""
+
+START_S = 600.0
+"""Without progress before that, however short `stall_s` is: imports move no counter."""
 
 
 class Place(NamedTuple):
@@ -41,7 +47,7 @@ class _Watched:
     """What the watchman knows of a process."""
 
     def __init__(self, stall_s: float, now: float) -> None:
-        self.health = Health(Deadlines(stall_s, stall_s), now)
+        self.health = Health(Deadlines(max(stall_s, START_S), stall_s), now)
         self.report: Report
         self._busy = False
 
@@ -49,6 +55,8 @@ class _Watched:
         busy = report.counters.get(BEGUN, 0) != report.counters.get(DONE, 0)
         if busy != self._busy:
             (self.health.began if busy else self.health.ended)(now)
+        if self.health.state is State.STARTING and report.counters.get(DONE, 0) >= STARTED:
+            self.health.started()
         self.report, self._busy = report, busy
         self.health.report(report.counters, now)
 
@@ -88,7 +96,8 @@ class Watchman:
         """Not any more. Returns why its ranks were ended and where their threads stood, or nothing."""
         self._guarded.pop(role, None)
         self._forget(role)
-        return await self._ends[role] if role in self._ends else ("", "")
+        end = self._ends.pop(role, None)
+        return await end if end is not None else ("", "")
 
     async def begin(self) -> None:
         """Look at them from now on, for as long as this process lives."""
@@ -140,7 +149,7 @@ class WatchedGroup(ActorGroup[ActorT]):
         super().__init__(role, cls, arguments, seats)
 
     def guard(self) -> None:
-        """From now on, until `renew`, its processes must make progress. They are ready."""
+        """From now on, until `renew`, its processes must make progress."""
         self._watchman.guard.remote(self.role.name, self._generation)
 
     def leave(self) -> tuple[str, str]:
@@ -166,7 +175,11 @@ class WatchedGroup(ActorGroup[ActorT]):
 def _watched_init(construct: Callable[..., None]) -> Callable[..., None]:
     def init(self: Any, watchman: Any, place: Place, **arguments: Any) -> None:
         be_watched(watchman, place, disk=True)
-        construct(self, **arguments)
+        count(BEGUN)
+        try:
+            construct(self, **arguments)
+        finally:
+            count(DONE)
 
     return init
 

@@ -155,7 +155,7 @@ def run_command(name: str, arguments: Sequence[str], console: Console) -> int:
         module = importlib.import_module(f"jobs.{command.module}")
     try:
         job = module.run(loaded, console, verbose=parsed.verbose)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         from rayllm.report.terminal import printable
 
         if parsed.verbose:

@@ -133,6 +133,7 @@ class Recovery:
         groups = {name: group for name, group in self._roles.models.items() if name in self._lost}
         for group in groups.values():
             group.renew()
+            group.guard()
         if "policy" in groups:
             self._roles.rollout.begin_again()
         self._wait_for_places(groups)
@@ -140,7 +141,6 @@ class Recovery:
         for name, (ready, found) in starting.items():
             collect(ready, name)
             self._compare(name, collect(found, name))
-            groups[name].guard()
         self._watch.tell(f"{_names(groups)} is back after {time.monotonic() - began:.1f} s")
         if self._lost >= self._changing:
             self._watch.changed = False

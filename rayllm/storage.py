@@ -214,10 +214,20 @@ class StoredRun:
         return sorted(step_of(Path(name).parent) for name in names if name.endswith(f"/{MANIFEST}"))
 
     def pull_checkpoint(self, checkpoints: Path) -> list[str]:
-        """Bring the newest whole checkpoint from there, unless one as new is here. Returns what was refused."""
+        """Bring the newest whole checkpoint from there, unless one as new is here. Returns what was refused.
+
+        Raises:
+            StorageError: storage is out of reach, and no checkpoint is here.
+        """
         whole = max((step_of(path) for path in checkpoints.glob("step-*") if _is_whole(path)), default=-1)
+        try:
+            steps = self.steps()
+        except StorageError as error:
+            if whole < 0:
+                raise
+            return [str(error)]
         refused = []
-        for step in reversed([step for step in self.steps() if step > whole]):
+        for step in reversed([step for step in steps if step > whole]):
             name = f"step-{step:06d}"
             base, partial = f"checkpoints/{name}", checkpoints / f"partial-{step:06d}" / name
             try:

@@ -22,6 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -121,7 +122,8 @@ class Run:
     ) -> None:
         if kind is not None:
             stopped = issubclass(kind, KeyboardInterrupt)
-            self._save(status="stopped" if stopped else "failed", error=None if stopped else str(error)[:4000])
+            with suppress(OSError):  # perhaps the disk is full, which is why
+                self._save(status="stopped" if stopped else "failed", error=None if stopped else str(error)[:4000])
             if self._stored is not None:
                 self._try_to_store(self._stored.push)
         self._lock.close()

@@ -100,6 +100,28 @@ def test_it_takes_weights_and_proves_them_or_not(tiny_model_dir, other_tiny_mode
         asyncio.run(synced("stale"))
 
 
+def test_a_proof_that_comes_late_is_not_held_against_newer_weights(tiny_model_dir, other_tiny_model_dir):
+    """The probe waits behind other requests until the next sync has replaced the weights."""
+    probe = [1] * 20
+    bundles = [pack(read_safetensors(model), version=n) for n, model in ((1, tiny_model_dir), (2, other_tiny_model_dir))]
+
+    async def scenario() -> int:
+        actor, model, proofs = here(tiny_model_dir), here(tiny_model_dir), []
+        await actor.feel("hangs")
+        for bundle in bundles:
+            await model.update_weights(bundle)
+            expected = asyncio.create_task(model._engine.prompt_logprobs(probe))
+            await expected
+            await actor.sync(bundle, probe=probe, expected=[expected], tolerance=1e-4)
+            proofs.append(actor._proof)
+        await actor.feel("well")
+        await asyncio.gather(*proofs)
+        await actor.proved()
+        return await actor.version()
+
+    assert asyncio.run(scenario()) == 2
+
+
 @pytest.mark.scorecard("R17", partly=True)
 def test_an_engine_that_hangs_ends_at_the_deadline_and_its_actor_still_answers(make, seen):
     actor = make(timeout_s=1.0)

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from actors.watched import Report, end_process
+from actors.watched import Report, end_process, start_of
 
 WATCHED = """
 import faulthandler, os, signal, subprocess, sys, tempfile, threading
@@ -35,7 +35,7 @@ def watched():
     )
     assert process.stdout is not None
     stacks, child, orphan = map(int, process.stdout.readline().split())
-    yield Report("node", process.pid, psutil.Process(process.pid).create_time(), stacks, {}), [child, orphan]
+    yield Report("node", process.pid, start_of(process.pid), stacks, {}), [child, orphan]
     process.kill()
     process.wait()
 
@@ -75,7 +75,7 @@ def gone_now(pid: int) -> bool:
 
 def test_another_process_with_the_same_pid_is_left_alone(watched):
     report, others = watched
-    earlier = Report(report.node, report.pid, report.created - 100, report.stacks, {})
+    earlier = Report(report.node, report.pid, report.started - 100, report.stacks, {})
     assert end_process(earlier) == ""
     assert psutil.pid_exists(report.pid) and not gone_now(others[0])
     end_process(report)

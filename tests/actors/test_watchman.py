@@ -7,7 +7,7 @@ import asyncio
 from actors import watchman
 from actors.member import LOOK_S
 from actors.watched import Report
-from actors.watchman import BEGUN, Place, Watchman
+from actors.watchman import BEGUN, DONE, STARTED, Place, Watchman
 
 
 def test_a_rank_that_stops_right_after_it_is_guarded_is_known_by_what_it_said_before(monkeypatch):
@@ -20,7 +20,8 @@ def test_a_rank_that_stops_right_after_it_is_guarded_is_known_by_what_it_said_be
         watching = Watchman(stall_s=0.1)
         for generation in (0, 1):
             for rank in (0, 1):
-                report = Report("node", pid=10 * generation + rank, created=0.0, stacks=0, counters={BEGUN: 1})
+                done = {BEGUN: STARTED + 1, DONE: STARTED}
+                report = Report("node", pid=10 * generation + rank, started=0, stacks=0, counters=done)
                 await watching.report(Place("policy", generation, rank), report)
         await watching.guard("policy", 1)
         await watching.begin()

@@ -267,7 +267,7 @@ def test_a_session_and_its_process_group_need_no_network(tmp_path, seen):
 
 OUT_OF_MEMORY = """
 import ray, time
-from actors.group import ActorGroup, Role
+from actors.group import ActorGroup, Role, find_lost
 from jobs.session import ray_session
 
 class Sleeper:
@@ -280,6 +280,7 @@ with ray_session(None):
         group.call(Sleeper.sleep)
     except RuntimeError as error:
         print("said:", str(error).splitlines()[0])
+        print("lost:", find_lost([group]))
 """
 
 
@@ -292,4 +293,5 @@ def test_a_process_that_ray_kills_for_memory_is_told_as_that(tmp_path, seen):
         env=environment(tmp_path / "home", RAY_memory_usage_threshold="0.01", RAY_memory_monitor_refresh_ms="100"),
     )  # fmt: skip
     assert "said: reference: " in done.stdout and "out of memory" in done.stdout, done.stdout + done.stderr[-800:]
-    seen(done.stdout.split("said: ")[1].strip()[:90], detected=time.monotonic() - began)
+    assert "lost: {'reference': 'rank 0: its process was killed, the node was out of memory'}" in done.stdout
+    seen(done.stdout.split("said: ")[1].splitlines()[0][:90], detected=time.monotonic() - began)

@@ -221,6 +221,19 @@ def test_storage_that_is_out_of_reach_stops_a_run_only_after_a_while(tmp_path, d
     assert notes.count("storage_path: ") >= 4
 
 
+def test_a_run_goes_on_from_its_own_checkpoint_while_storage_is_out_of_reach(tmp_path, monkeypatch):
+    def out_of_reach(self: Storage, below: str = "") -> set[str]:
+        raise StorageError(f"{self.address}: no answer")
+
+    stored = StoredRun(str(tmp_path / "nfs"), tmp_path)
+    monkeypatch.setattr(Storage, "names", out_of_reach)
+    with pytest.raises(StorageError):
+        stored.pull_checkpoint(tmp_path / "checkpoints")
+    save(Checkpoints(tmp_path / "checkpoints", keep=2), 1)
+    (told,) = stored.pull_checkpoint(tmp_path / "checkpoints")
+    assert "nfs" in told
+
+
 def test_a_wrong_address_is_the_users(tmp_path, documents):
     with pytest.raises(InputError, match="storage_path: nowhere://x/tokenizer"):
         Run("tokenizer", loaded(tmp_path / "here", documents, "nowhere://x"))
