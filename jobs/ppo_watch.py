@@ -170,6 +170,7 @@ class Watch:
 
     def learning(self) -> None:
         """From here on the weights change: the step is finished, up to `after`, before a signal ends the run."""
+        stopping.check()
         self._learning = self.changed = True
         stopping.hold()
 

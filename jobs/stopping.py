@@ -41,6 +41,13 @@ def asked() -> bool:
     return bool(_came)
 
 
+def check() -> None:
+    """Raises KeyboardInterrupt if a signal came. It was raised then, too, but where Python ignores what is raised, in a
+    destructor or a callback, it is lost: a loop asks here before it goes on."""
+    if _came:
+        raise KeyboardInterrupt
+
+
 def status() -> int:
     """The exit status of a job that was stopped: 130 or 143, as the shell has it."""
     return 128 + (_came[0] if _came else signal.SIGINT)

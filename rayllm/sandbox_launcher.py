@@ -59,16 +59,17 @@ def enter_namespaces() -> None:
 
 
 def build_root(folder_bytes: int, folders: list[str]) -> None:
-    """A new file system: an empty /tmp of ``folder_bytes``, the system's libraries and ``folders``, read-only."""
+    """A new file system: an empty /tmp of ``folder_bytes``, the system's libraries and ``folders``, read-only. These may
+    lie below /tmp."""
     mount("none", "/", "none", MS_REC | MS_PRIVATE)
-    root = "/tmp"
+    root = "/proc"  # hides nothing that is needed from here on
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    os.makedirs(f"{root}/tmp")
+    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={folder_bytes},nr_inodes=4096,mode=1777")
     for folder in sorted({*SYSTEM_FOLDERS, *folders}):
         bind(folder, root + folder)
     for device in ("null", "zero", "urandom"):
         bind(f"/dev/{device}", f"{root}/dev/{device}")
-    os.makedirs(f"{root}/tmp", exist_ok=True)
-    mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={folder_bytes},nr_inodes=4096,mode=1777")
     os.chdir(root)
     checked(libc.syscall(PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
     checked(libc.umount2(b".", MNT_DETACH), "umount of the old root")

@@ -67,6 +67,32 @@ def test_the_second_signal_ends_everything_at_once():
         time.sleep(0.05)
 
 
+LOST = """
+import os, signal
+from jobs import stopping
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):  # the handler runs between two of them
+            pass
+
+stopping.install()
+stopping.check()
+Last()
+print("still here", flush=True)
+try:
+    stopping.check()
+except KeyboardInterrupt:
+    print("noticed", flush=True)
+"""
+
+
+def test_a_signal_that_python_swallowed_is_noticed_by_who_asks():
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["still here", "noticed"], done.stderr
+
+
 @pytest.mark.scorecard("R27")
 def test_without_a_hold_the_first_signal_interrupts():
     code = "import time; from jobs import stopping; stopping.install(); print(1, flush=True); time.sleep(60)"

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import threading
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from actors.trainer import fit
 from jobs.sft import prepare
+from rayllm import faults
 from rayllm.checkpoints import Checkpoints
 from rayllm.config.base import load_config
 from rayllm.config.sft import SftConfig
 from rayllm.data.files import write_parquet
+from rayllm.faults import Fault, plan, struck
 from rayllm.report.run import Run
 
 STEPS = 16
@@ -80,25 +77,9 @@ class Trained:
         return Checkpoints(self.folder / "checkpoints", keep=20)
 
 
-def train_workers() -> list[psutil.Process]:
-    """Of this process's Ray, oldest first."""
-    children = psutil.Process().children(recursive=True)
-    return sorted((p for p in children if "RayTrainWorker" in " ".join(p.cmdline())), key=lambda p: p.create_time())
-
-
-def kill_worker_after(checkpoint: Path, killed: list[int]) -> None:
-    """SIGKILL one of two workers once the checkpoint is there."""
-    deadline = time.monotonic() + 120
-    while not checkpoint.is_dir() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    workers = train_workers()
-    os.kill(workers[-1].pid, signal.SIGKILL)
-    killed.append(len(workers))
-
-
 @pytest.mark.scorecard("R07", "R29", "R57", tier="full")
 def test_a_lost_worker_a_damaged_checkpoint_and_fewer_workers_leave_the_curve_as_it_was(
-    local_ray, tmp_path, tiny_model_dir, demonstrations
+    local_ray, tmp_path, tiny_model_dir, demonstrations, monkeypatch
 ):
     undisturbed = Trained(tmp_path / "undisturbed", tiny_model_dir, demonstrations)
     assert undisturbed.train("workers.num_workers=2") == []
@@ -106,12 +87,11 @@ def test_a_lost_worker_a_damaged_checkpoint_and_fewer_workers_leave_the_curve_as
     assert sorted(expected) == list(range(STEPS + 1)) and expected[STEPS] < expected[0]
     assert undisturbed.checkpoints.steps() == list(range(2, STEPS + 1, 2))
 
-    trained, killed = Trained(tmp_path / "run", tiny_model_dir, demonstrations), []
-    killer = threading.Thread(target=kill_worker_after, args=(trained.checkpoints.at(2), killed))
-    killer.start()
+    trained = Trained(tmp_path / "run", tiny_model_dir, demonstrations)
+    variables = plan(tmp_path / "faults", [Fault("trainer.step", "kill", passes=4, rank=1)])  # the checkpoint of 2 is there
+    monkeypatch.setattr(faults, "_planned", faults._found(variables))
     trained.train("workers.num_workers=2", stop_at=5)
-    killer.join()
-    assert killed == [2]
+    assert [fell.rank for fell in struck(tmp_path / "faults")] == [1]
     at = trained.checkpoints.newest()[0]
     assert max(trained.curve) == at >= 5  # saved where it stopped, whatever checkpoint.every_steps says
     assert trained.curve == {step: loss for step, loss in expected.items() if step <= at}  # equal, not close
