@@ -59,8 +59,8 @@ def enter_namespaces() -> None:
 
 
 def build_root(folder_bytes: int, folders: list[str]) -> None:
-    """A new file system: an empty /tmp of ``folder_bytes``, the system's libraries and ``folders``, read-only. These may
-    lie below /tmp."""
+    """A new file system: an empty /tmp of ``folder_bytes``, the system's libraries and ``folders``, read-only; these
+    may lie below /tmp."""
     mount("none", "/", "none", MS_REC | MS_PRIVATE)
     root = "/proc"  # hides nothing that is needed from here on
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
