@@ -36,7 +36,7 @@ AHEAD = 4
 
 HUSH_S = 2.0
 
-PROBE_TOKENS = 80
+PROBE_TOKENS = 66
 """Length of the text that shows which weights an engine serves: over two blocks of its cache."""
 
 

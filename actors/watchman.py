@@ -69,33 +69,26 @@ class Watchman:
         self._guarded: dict[str, int] = {}
         """Role -> generation of the processes that must make progress."""
         self._watched: dict[Place, _Watched] = {}
-        self._reports: dict[Place, Report] = {}
-        """The last one of every process."""
+        """All that were heard of."""
         self._ends: dict[str, asyncio.Task[tuple[str, str]]] = {}
         self._now = 0.0
         """Of the last look."""
 
     async def report(self, place: Place, report: Report) -> None:
         """From a process."""
-        self._reports[place] = report
-        if self._guarded.get(place.role) == place.generation:
-            self._watched.setdefault(place, _Watched(self._stall_s, self._now)).heard(report, self._now)
+        self._watched.setdefault(place, _Watched(self._stall_s, self._now)).heard(report, self._now)
 
     async def guard(self, role: str, generation: int) -> None:
-        """From now on the ranks of a role must make progress."""
-        self._forget(role)  # others that were there before
+        """From now on the ranks of a role must make progress; one that has stopped already is known by what it said."""
         self._guarded[role] = generation
         self._ends.pop(role, None)
-        known = {place: report for place, report in self._reports.items() if place.role == role}
-        for place, report in known.items():
-            del self._reports[place]
-            if place.generation == generation:  # one that stops now sends no more
-                await self.report(place, report)
+        others = [place for place in self._watched if place.role == role and place.generation != generation]
+        for place in others:
+            del self._watched[place]
 
     async def leave(self, role: str) -> tuple[str, str]:
         """Not any more. Returns why its ranks were ended and where their threads stood, or nothing."""
         self._guarded.pop(role, None)
-        self._forget(role)
         end = self._ends.pop(role, None)
         return await end if end is not None else ("", "")
 
@@ -105,16 +98,16 @@ class Watchman:
 
     async def _watch(self) -> None:
         async for self._now in looks():
-            for place, one in list(self._watched.items()):
-                if place in self._watched and one.health.look(self._now) is State.DEAD:
+            for place, one in sorted(self._watched.items(), key=lambda found: found[0]):
+                if self._guarded.get(place.role) == place.generation and one.health.look(self._now) is State.DEAD:
                     why = f"rank {place.rank} made no progress for {one.health.still(self._now):.0f} s"
-                    reports = self._forget(place.role)
-                    self._ends[place.role] = asyncio.create_task(_end(place.role, reports, why))
+                    self._ends[place.role] = asyncio.create_task(_end(place.role, self._ranks(place.role), why))
+                    del self._guarded[place.role]
 
-    def _forget(self, role: str) -> dict[int, Report]:
-        """Rank -> its last report."""
-        ranks = sorted(place for place in self._watched if place.role == role)
-        return {place.rank: self._watched.pop(place).report for place in ranks}
+    def _ranks(self, role: str) -> dict[int, Report]:
+        """Of the role that is guarded: rank -> its last report."""
+        places = sorted(p for p in self._watched if p.role == role and p.generation == self._guarded[role])
+        return {place.rank: self._watched[place].report for place in places}
 
 
 async def _end(role: str, reports: Mapping[int, Report], why: str) -> tuple[str, str]:

@@ -148,8 +148,7 @@ class Batches:
         return (prompt + span.count * config.rollout.max_new_tokens) * config.samples_per_prompt
 
     def _sort_by_completion(self, step: int, count: int) -> None:
-        """To the front: what may not get older, then what is done first; ``count`` of them are done or must be."""
-        done, _ = ray.wait([s.experience for s in self._ahead], num_returns=count, fetch_local=False)
-        order = {reference: place for place, reference in enumerate(done)}
+        """To the front: what may not get older, then what is done; ``count`` of them are done or must be."""
+        done = set(ray.wait([s.experience for s in self._ahead], num_returns=count, fetch_local=False)[0])
         oldest = step - self.config.max_policy_lag
-        self._ahead.sort(key=lambda s: (s.version > oldest, order.get(s.experience, len(order))))
+        self._ahead.sort(key=lambda s: (s.version > oldest, s.experience not in done))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,39 +68,30 @@ class Roles:
         if config.placement.mode == "colocated":
             rollout.call(RolloutActor.sleep, keep_weights=True)
         watchman = start_watchman(config.recovery.stall_s)
+
+        def ranks(name: str, actor: type, arguments: Callable[[int], dict[str, Any]]) -> Any:
+            """None in a run without the role."""
+            role = needed.get(name)
+            return role and WatchedGroup(role, actor, arguments, placement.seats(role), watchman=watchman)
+
+        scoring = {
+            "model": str(config.model),
+            "temperature": config.rollout.temperature,
+            "micro_batch_size": config.reference.micro_batch_size,
+        }
         roles = cls(
             config=config,
             rollout=rollout,
             probe=probe_tokens(vocabulary_size(config.model), max_positions(config.model)),
-            policy=WatchedGroup(
-                needed["policy"],
-                PolicyActor,
-                lambda rank: {"rank": rank, "world_size": config.policy.num_actors, **learner},
-                placement.seats(needed["policy"]),
-                watchman=watchman,
+            policy=ranks(
+                "policy", PolicyActor, lambda rank: {"rank": rank, "world_size": config.policy.num_actors, **learner}
             ),
-            critic=None
-            if "critic" not in needed
-            else WatchedGroup(
-                needed["critic"],
+            critic=ranks(
+                "critic",
                 CriticActor,
                 lambda rank: {"rank": rank, "world_size": config.critic.num_actors, "config": config},
-                placement.seats(needed["critic"]),
-                watchman=watchman,
             ),
-            reference=None
-            if "reference" not in needed
-            else WatchedGroup(
-                needed["reference"],
-                ReferenceActor,
-                lambda rank: {
-                    "model": str(config.model),
-                    "temperature": config.rollout.temperature,
-                    "micro_batch_size": config.reference.micro_batch_size,
-                },
-                placement.seats(needed["reference"]),
-                watchman=watchman,
-            ),
+            reference=ranks("reference", ReferenceActor, lambda rank: scoring),
             reward=RewardGroups.start(config, prompts, placement, watchman),
         )
         roles.setups["rollout"] = [roles.rollout.started()]
