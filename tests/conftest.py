@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,11 @@ TINY_SHAPE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
+
+
+def heed_ctrl_c() -> None:
+    """For ``preexec_fn``: below a shell's "&" SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.job_submission import JobSubmissionClient
 
+from tests.conftest import heed_ctrl_c
 from tests.jobs.conftest import ROOT, TINY, rayllm
 
 BIN = Path(sys.executable).parent
@@ -217,7 +218,7 @@ def follow(cluster: Cluster, *arguments: str) -> subprocess.Popen:
         [sys.executable, "-m", "jobs.cli", *arguments, "--address", cluster.dashboard],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         env={**cluster.env, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored below a shell's "&"
+        preexec_fn=heed_ctrl_c,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from tests.conftest import heed_ctrl_c
 from tests.jobs.conftest import ROOT, rayllm
 from tests.jobs.test_cluster import Cluster, environment, free_ports, record, start_head
 
@@ -50,7 +51,7 @@ def wait_for(condition: Callable[[], object], job: subprocess.Popen) -> None:
 def start(arguments: list[str], **env: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, preexec_fn=heed_ctrl_c,
         env={**(env or os.environ), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rayllm.checkpoints import Checkpoints
 from rayllm.config.pipeline import WIRING
 from rayllm.lineage import read_manifest
+from tests.conftest import heed_ctrl_c
 from tests.jobs.conftest import ROOT, TINY, rayllm
 
 TRAINED = ("pretrain", "sft", "reward_model", "ppo")
@@ -171,7 +172,7 @@ def start(arguments: list[str], cwd: Path = ROOT) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored below a shell's "&"
+        preexec_fn=heed_ctrl_c,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from actors.weight_group import open_store
 from jobs.session import _remove_stale_sessions
-from tests.conftest import ROOT
+from tests.conftest import ROOT, heed_ctrl_c
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -33,7 +33,7 @@ def start(home: Path, *, wrapper: tuple[str, ...] = (), **more: str) -> subproce
     return subprocess.Popen(
         [*wrapper, sys.executable, "-m", "tests.jobs.session_script"], cwd=ROOT, env=environment(home, **more), text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed_ctrl_c,
     )  # fmt: skip
 
 

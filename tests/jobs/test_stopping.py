@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, heed_ctrl_c
 
 SCRIPT = """
 import subprocess, sys, time
@@ -39,7 +39,7 @@ except KeyboardInterrupt:
 def start(seconds: float) -> tuple[subprocess.Popen, psutil.Process]:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(seconds)], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed_ctrl_c,
     )  # fmt: skip
     return process, psutil.Process(int(process.stdout.readline()))
 
