@@ -68,13 +68,29 @@ def settings(tiny_run, run_dir: Path, *more: str) -> list[str]:
     return ppo_arguments(tiny_run, run_dir, *steps, "rollout.num_actors=2", "rollout.cpus_per_actor=0.2", *more)
 
 
+def finished(tiny_run, run_dir: Path, *more: str, **env: str) -> Path:
+    job = start(settings(tiny_run, run_dir, *more), **env)
+    output, _ = job.communicate(timeout=WITHIN_S)
+    assert job.returncode == 0, output + notes(run_dir)
+    return run_dir
+
+
+def difference(one: list[dict], other: list[dict], told: str) -> float:
+    """The largest of what was learned, in all steps of a run and of a disturbed one; more than rounding fails."""
+    assert [event["step"] for event in other] == [event["step"] for event in one] == list(range(STEPS + 1)), told
+    apart = 0.0
+    for before, after in zip(one, other, strict=True):
+        for name in LEARNED:
+            if name in before["metrics"]:
+                value = before["metrics"][name]
+                assert after["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (after["step"], name, told)
+                apart = max(apart, abs(after["metrics"][name] - value))
+    return apart
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tiny_run, tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    job = start(settings(tiny_run, run_dir))
-    output, _ = job.communicate(timeout=WITHIN_S)
-    assert job.returncode == 0, output
-    return run_dir
+    return finished(tiny_run, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
 @pytest.mark.scorecard("R16", tier="full", long=True)
@@ -87,39 +103,25 @@ def test_three_random_kills_change_nothing_that_is_learned(tiny_run, undisturbed
     told = f"{killed}\n{output}"
     print(told)
     assert job.returncode == 0 and record(run_dir)["status"] == "done", told
-    one, other = steps_of(undisturbed), steps_of(run_dir)
-    assert [event["step"] for event in other] == [event["step"] for event in one] == list(range(STEPS + 1)), told
-    apart = 0.0
-    for before, after in zip(one, other, strict=True):
-        for name in LEARNED:
-            if name in before["metrics"]:
-                value = before["metrics"][name]
-                assert after["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (after["step"], name, told)
-                apart = max(apart, abs(after["metrics"][name] - value))
+    apart = difference(steps_of(undisturbed), steps_of(run_dir), told)
     assert prompts_used(run_dir) == prompts_used(undisturbed)
     seen(f"seed {seed}: {', '.join(killed)}: exit 0, all steps and prompts, metrics apart by at most {apart:.1g}")
 
 
 @pytest.mark.scorecard("R07", "R10", "R18", tier="full", long=True)
-def test_a_rank_that_hangs_and_models_that_die_are_rebuilt_beside_real_engines(tiny_run, undisturbed, tmp_path, seen):
-    run_dir = tmp_path / "run"
+def test_a_rank_that_hangs_and_models_that_die_are_rebuilt_beside_real_engines(tiny_run, tmp_path, seen):
     chosen = [
         Fault("policy.update", "stop", passes=3, rank=1),  # the other rank waits for it in a collective
         Fault("reference.logprobs", "kill", passes=3),
         Fault("critic.values", "kill", passes=4),
     ]
-    variables = plan(tmp_path / "faults", chosen)
     more = ("policy.num_actors=2", "policy.cpus_per_actor=0.2", "recovery.stall_s=10")
-    job = start(settings(tiny_run, run_dir, *more), **{**os.environ, **variables})
-    output, _ = job.communicate(timeout=WITHIN_S)
+    calm = finished(tiny_run, tmp_path / "calm", *more)
+    run_dir = finished(tiny_run, tmp_path / "run", *more, **{**os.environ, **plan(tmp_path / "faults", chosen)})
     told = notes(run_dir)
-    print(told, output)
-    assert job.returncode == 0, output
+    print(told)
     assert len(struck(tmp_path / "faults")) == len(chosen), told
-    for one, other in zip(steps_of(undisturbed), steps_of(run_dir), strict=True):
-        for name in ("objective/rewards", "objective/kl", "response/length_mean", "eval/gold"):  # on one rank
-            if name in one["metrics"]:
-                assert other["metrics"][name] == pytest.approx(one["metrics"][name], rel=0.05, abs=0.05), (one["step"], name)
+    apart = difference(steps_of(calm), steps_of(run_dir), told)
     stacks = (run_dir / "logs/model-stacks.txt").read_text()
     assert "policy rank 0:" in stacks and "policy rank 1:" in stacks and "hread 0x" in stacks
-    seen("a stopped rank, then reference and critic killed: all rebuilt, metrics as on one rank undisturbed")
+    seen(f"a stopped rank, then reference and critic killed: all rebuilt, metrics apart by at most {apart:.1g}")
