@@ -38,6 +38,10 @@ DAEMONS = ("gcs_server", "raylet")
 LOG_BYTES, LOG_FILES = 32 << 20, 3
 """Of each process's log: Ray begins a new file at so many bytes and keeps so many of the old ones."""
 
+UNUSED = {"task_events_report_interval_ms": 0}
+"""Of Ray: what its head keeps of every call, for a dashboard that is not there; 70 KiB a step of PPO, without end in
+sight."""
+
 _TOKEN = secrets.token_hex(32)
 """What the sessions of this process ask of everyone who connects: Ray's daemons listen on every network."""
 
@@ -148,8 +152,13 @@ class _Starting:
     def _run(self) -> None:
         try:
             with _environment(**_for_daemons(self._folder)):
-                # a folder in ours, which stays closed to others: Ray opens its own to everyone
-                ray.init(address="local", include_dashboard=False, _temp_dir=str(self._folder / "r"), **self._settings)
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    _temp_dir=str(self._folder / "r"),  # in ours, closed to others: Ray opens its own to everyone
+                    _system_config=UNUSED,
+                    **self._settings,
+                )
         except BaseException as error:
             self._started.set_exception(error)
         else:
