@@ -112,7 +112,10 @@ class Watchman:
 
 async def _end(role: str, reports: Mapping[int, Report], why: str) -> tuple[str, str]:
     ends = await asyncio.gather(*map(bury, reports.values()))
-    stood = [f"{role} rank {rank}:\n{stacks}\n" for rank, (stacks, _) in zip(reports, ends, strict=True)]
+    stood = [
+        f"{role} rank {rank}: last said {dict(report.counters)}\n{stacks}\n"
+        for (rank, report), (stacks, _) in zip(reports.items(), ends, strict=True)
+    ]
     return why, "".join(stood)
 
 

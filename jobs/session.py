@@ -39,8 +39,7 @@ LOG_BYTES, LOG_FILES = 32 << 20, 3
 """Of each process's log: Ray begins a new file at so many bytes and keeps so many of the old ones."""
 
 UNUSED = {"task_events_report_interval_ms": 0}
-"""Of Ray: what its head keeps of every call, for a dashboard that is not there; 70 KiB a step of PPO, without end in
-sight."""
+"""Of Ray: what its head keeps of the last 100,000 calls, for a dashboard that is not there: 70 KiB a step of PPO."""
 
 _TOKEN = secrets.token_hex(32)
 """What the sessions of this process ask of everyone who connects: Ray's daemons listen on every network."""

@@ -37,7 +37,8 @@ def ended(monkeypatch, counters: dict[str, int], generation: int | None) -> tupl
 def test_ranks_that_stopped_before_they_are_guarded_are_known_by_what_they_said(monkeypatch):
     why, stacks = ended(monkeypatch, STARTED_AND_BUSY, 1)
     assert why.startswith("rank 0 made no progress")
-    assert stacks == "policy rank 0:\nstacks of 10\npolicy rank 1:\nstacks of 11\n"
+    said = f"last said {STARTED_AND_BUSY}"
+    assert stacks == f"policy rank 0: {said}\nstacks of 10\npolicy rank 1: {said}\nstacks of 11\n"
 
 
 def test_nobody_is_ended_who_is_not_guarded_or_has_nothing_to_do(monkeypatch):

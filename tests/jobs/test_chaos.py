@@ -123,5 +123,5 @@ def test_a_rank_that_hangs_and_models_that_die_are_rebuilt_beside_real_engines(t
     assert len(struck(tmp_path / "faults")) == len(chosen), told
     apart = difference(steps_of(calm), steps_of(run_dir), told)
     stacks = (run_dir / "logs/model-stacks.txt").read_text()
-    assert "policy rank 0:" in stacks and "policy rank 1:" in stacks and "hread 0x" in stacks
+    assert "policy rank 0: " in stacks and "policy rank 1: " in stacks and "hread 0x" in stacks
     seen(f"a stopped rank, then reference and critic killed: all rebuilt, metrics apart by at most {apart:.1g}")

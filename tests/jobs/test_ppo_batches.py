@@ -147,7 +147,8 @@ def test_work_goes_to_the_actor_with_the_fewest_tokens_before_it(make):
     tokens = [10, 100, 10, 20]
     found = ray.get(roles.rollout.submit(RolloutActor.experience, work, tokens=tokens, step=0))
     assert [shard["prompts"] for shard in found] == [order.ids(span) for span in work]
-    assert [shard["rank"] for shard in found] == [1, 0, 1, 1]
+    first, longest, *others = [shard["rank"] for shard in found]
+    assert {first, *others} == {1 - longest}  # calls of an async actor may begin in another order than they were made
 
 
 @pytest.mark.scorecard("R19", partly=True)

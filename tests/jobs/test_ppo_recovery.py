@@ -153,7 +153,7 @@ def test_whoever_dies_or_hangs_is_rebuilt_inside_the_run(run, undisturbed, tmp_p
     assert "critic starts anew; the run goes back to the checkpoint of step 4" in told
     assert re.search("policy is lost: rank [01] made no progress for", told)
     stacks = (run_dir / "logs/model-stacks.txt").read_text()
-    assert "policy rank 0:" in stacks and "policy rank 1:" in stacks and 'policy.py", line' in stacks
+    assert "policy rank 0: " in stacks and "policy rank 1: " in stacks and 'policy.py", line' in stacks
     seconds = [float(note.rpartition("after ")[2].removesuffix(" s")) for note in notes(run_dir) if "is back after" in note]
     seen("reward model, reference, critic and policy killed, one of two ranks stopped in a collective, in one run: "
          "metrics and weights equal to the bit", detected=SHORT_STALL_S, recovered=max(seconds))  # fmt: skip
