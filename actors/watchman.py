@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.counters import count
+from actors.counters import count, counters
 from actors.environment import worker_env
 from actors.group import ActorGroup, ActorT, Role, Seats, is_async
 from actors.health import Deadlines, Health, State
@@ -82,9 +82,10 @@ class Watchman:
         """From now on the ranks of a role must make progress; one that has stopped already is known by what it said."""
         self._guarded[role] = generation
         self._ends.pop(role, None)
-        others = [place for place in self._watched if place.role == role and place.generation != generation]
-        for place in others:
+        for place, one in [(place, one) for place, one in self._watched.items() if place.role == role]:
             del self._watched[place]
+            if place.generation == generation:  # what it did before counts against nobody
+                await self.report(place, one.report)
 
     async def leave(self, role: str) -> tuple[str, str]:
         """Not any more. Returns why its ranks were ended and where their threads stood, or nothing."""
@@ -189,6 +190,8 @@ def _counted(cls: type) -> dict[str, Any]:
 def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def counting(*args: Any, **kwargs: Any) -> Any:
+        if counters[BEGUN] != counters[DONE]:  # one of its own methods calls it, not others
+            return method(*args, **kwargs)
         count(BEGUN)
         try:
             return method(*args, **kwargs)

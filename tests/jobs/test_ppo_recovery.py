@@ -30,7 +30,7 @@ from rayllm.faults import Fault, plan, struck
 from tests.actors.fake_engine import FakeEngineActor
 
 CPUS = 0.2
-STEPS = 5
+STEPS = 6
 STALL_S, SHORT_STALL_S = 120.0, 6.0
 SETTINGS = (
     f"num_steps={STEPS}", "prompts_per_step=8", "rollout.max_new_tokens=8", "checkpoint.every_steps=2", "eval.every_steps=2",
