@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.environment import worker_env
 from actors.group import end_of, last_line, root_cause
 from actors.health import Deadlines, Health, State
+from actors.placement import alive_nodes
 from actors.watched import Report, end_process
 from rayllm.errors import EngineStopped
 
@@ -168,8 +169,7 @@ async def bury(report: Report) -> tuple[str, bool]:
         try:
             return await asyncio.wait_for(_answer(end.remote(report)), BURIAL_S), True
         except (TimeoutError, RayError):
-            nodes = await asyncio.to_thread(ray.nodes)
-            if not any(node["Alive"] for node in nodes if node["NodeID"] == report.node):
+            if report.node not in [node["NodeID"] for node in await asyncio.to_thread(alive_nodes)]:
                 return "", False
     return "", True
 

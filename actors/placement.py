@@ -161,7 +161,7 @@ def reserve(roles: Sequence[Role], config: PlacementConfig, say: Callable[[str],
 
 def shares_of(roles: Sequence[Role], config: PlacementConfig) -> list[Share]:
     """The roles with those that they share with, and their types of nodes on this cluster."""
-    labelled = any(LABEL in node["Labels"] for node in _nodes())
+    labelled = any(LABEL in node["Labels"] for node in alive_nodes())
     found = {role.name: role for role in roles}
     shares = [
         Share(tuple(found[name] for name in names), config.node_type(names[0], labelled=labelled))
@@ -182,13 +182,14 @@ def _all_there(groups: Sequence[PlacementGroup]) -> bool:
     return len(found) == len(groups)
 
 
-def _nodes() -> list[dict[str, Any]]:
+def alive_nodes() -> list[dict[str, Any]]:
+    """What Ray tells of the nodes that it takes to be alive."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _lacks(shares: Sequence[Share]) -> str | None:
     """What the cluster can never place as it is; None if it is large enough."""
-    nodes = _nodes()
+    nodes = alive_nodes()
     for node_type in dict.fromkeys(share.node_type for share in shares):
         wanted = [share for share in shares if share.node_type == node_type]
         there = [n["Resources"] for n in nodes if node_type is None or n["Labels"].get(LABEL) == node_type]

@@ -17,7 +17,6 @@ whatever was served before and after under the same name.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 import types
@@ -135,7 +134,7 @@ def model_name(config: ServeConfig) -> str:
     if config.served_model_name is not None:
         return config.served_model_name
     with suppress(OSError, ValueError, AttributeError):
-        stage = json.loads((config.model / "lineage.json").read_text(encoding="utf-8")).get("stage")
+        stage = (read_manifest(config.model) or {}).get("stage")
         if isinstance(stage, str) and stage:
             return stage
     return config.model.resolve().name

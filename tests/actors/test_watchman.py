@@ -41,9 +41,12 @@ def test_ranks_that_stopped_before_they_are_guarded_are_known_by_what_they_said(
     assert stacks == f"policy rank 0: {said}\nstacks of 10\npolicy rank 1: {said}\nstacks of 11\n"
 
 
-def test_nobody_is_ended_who_is_not_guarded_or_has_nothing_to_do(monkeypatch):
+def test_nobody_is_ended_who_is_not_guarded(monkeypatch):
     assert ended(monkeypatch, STARTED_AND_BUSY, None) == ("", "")
-    assert ended(monkeypatch, {**STARTED_AND_BUSY, DONE: STARTED + 1, "x": 1}, 1)[0].startswith("rank 0")  # not heard of
+
+
+def test_with_nothing_to_do_a_rank_must_still_be_heard_of(monkeypatch):
+    assert ended(monkeypatch, {**STARTED_AND_BUSY, DONE: STARTED + 1, "x": 1}, 1)[0].startswith("rank 0")
 
 
 def test_a_constructor_that_hangs_is_found_later(monkeypatch):

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from rayllm.faults import Fault, plan, struck
-from tests.jobs.test_elastic import LEARNED, WITHIN_S, notes, start, steps_of
+from tests.jobs.test_elastic import LEARNED, WITHIN_S, notes, start, steps_of, wait_for
 from tests.jobs.test_pipeline import ppo_arguments, record
 
 ACTORS = ("PolicyActor", "CriticActor", "ReferenceActor", "SourceActor", "RolloutActor")
@@ -47,14 +47,6 @@ def kill_at_random(job: subprocess.Popen, run_dir: Path, rng: random.Random) -> 
         wait_for(lambda actor=actor: kill_one(job, actor), job)  # it may just be starting anew
         killed.append(f"{actor} after step {step}")
     return killed
-
-
-def wait_for(condition, job: subprocess.Popen) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not condition():
-        assert job.poll() is None, job.communicate()[0]
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.02)
 
 
 def prompts_used(run_dir: Path) -> dict:

@@ -114,6 +114,12 @@ def greedy(tiny_model_dir):
     return answer
 
 
+def with_manifest(model: Path, folder: Path) -> tuple[Path, str]:
+    """A copy as a job would have written it, and its id."""
+    shutil.copytree(model, folder)
+    return folder, write_manifest(folder, stage="test", parents=[], data=[], config={}, metrics={})
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return probe.getsockname()[1]
@@ -375,9 +381,7 @@ def test_a_serve_config_file_can_build_the_app(tiny_model_dir):
 
 
 def test_a_serve_config_refuses_a_model_that_was_changed(tiny_model_dir, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model_dir, folder)
-    write_manifest(folder, stage="test", parents=[], data=[], config={}, metrics={})
+    folder, _ = with_manifest(tiny_model_dir, tmp_path / "model")
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     with pytest.raises(InputError, match=r"config\.json is not the file that was written"):
         build_app({"model": str(folder)})

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from actors.serving import FINGERPRINT_DIGITS
-from rayllm.lineage import write_manifest
 from tests.conftest import ROOT
-from tests.jobs.test_serve import free_port
+from tests.jobs.test_serve import free_port, with_manifest
 
 SCRIPT = """
 import json, sys, threading, time
@@ -56,12 +53,6 @@ with ray_session(None):
     serve.shutdown()
 print(json.dumps(answers))
 """
-
-
-def with_manifest(model: Path, folder: Path) -> tuple[Path, str]:
-    """A copy as a job would have written it, and its id."""
-    shutil.copytree(model, folder)
-    return folder, write_manifest(folder, stage="test", parents=[], data=[], config={}, metrics={})
 
 
 @pytest.mark.scorecard("R70", tier="full", long=True)

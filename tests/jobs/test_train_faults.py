@@ -88,8 +88,8 @@ def test_a_lost_worker_a_damaged_checkpoint_and_fewer_workers_leave_the_curve_as
     assert undisturbed.checkpoints.steps() == list(range(2, STEPS + 1, 2))
 
     trained = Trained(tmp_path / "run", tiny_model_dir, demonstrations)
-    variables = plan(tmp_path / "faults", [Fault("trainer.step", "kill", passes=4, rank=1)])  # the checkpoint of 2 is there
-    monkeypatch.setattr(faults, "_planned", faults._found(variables))
+    plan(tmp_path / "faults", [Fault("trainer.step", "kill", passes=4, rank=1)])  # the checkpoint of 2 is there
+    monkeypatch.setattr(faults, "_planned", faults._Planned(tmp_path / "faults"))
     trained.train("workers.num_workers=2", stop_at=5)
     assert [fell.rank for fell in struck(tmp_path / "faults")] == [1]
     at = trained.checkpoints.newest()[0]
