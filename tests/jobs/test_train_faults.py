@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from rayllm.checkpoints import Checkpoints
 from rayllm.config.base import load_config
 from rayllm.config.sft import SftConfig
 from rayllm.data.files import write_parquet
-from rayllm.faults import Fault, plan, struck
+from rayllm.faults import Fault, flip_bytes, plan, struck
 from rayllm.report.run import Run
 
 STEPS = 16
@@ -97,9 +96,8 @@ def test_a_lost_worker_a_damaged_checkpoint_and_fewer_workers_leave_the_curve_as
     assert trained.curve == {step: loss for step, loss in expected.items() if step <= at}  # equal, not close
     assert not (tmp_path / "run/model").exists()
 
-    # A file of another step in the newest checkpoint: the one before is used, and that is said.
-    damaged = trained.checkpoints.at(at) / "part-0-0.safetensors"
-    shutil.copy(trained.checkpoints.at(2) / damaged.name, damaged)
+    # Other bytes in a file of the newest checkpoint: the one before is used, and that is said.
+    damaged = flip_bytes(trained.checkpoints.at(at) / "part-0-0.safetensors")
     notes = trained.train("workers.num_workers=1", "learner.zero_stage=3")
     assert f"{damaged} is not what was written" in notes[0] and notes[-1].startswith("continues from")
     assert sorted(trained.curve) == list(range(STEPS + 1))
