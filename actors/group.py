@@ -21,6 +21,9 @@ ActorT = TypeVar("ActorT")
 OUT_OF_MEMORY = "running low on memory"
 """In Ray's account of an actor that its memory monitor killed; it guesses at an OOM killer in every account."""
 
+NEVER_RAN = "The actor never ran"
+"""In Ray's account of an actor that it had sent to a node of which it did not know yet that it was gone."""
+
 PIECES = 4
 """Calls into which `ActorGroup.map_pieces` divides a rank's rows: the actor works while later rows are on their way,
 and many rows do not cost as many calls."""
@@ -181,6 +184,17 @@ def find_lost(groups: Sequence[ActorGroup[Any]]) -> dict[str, str]:
                 found.setdefault(role, f"rank {rank}: {end_of(error)}")
                 deadline = min(deadline, time.monotonic() + TOGETHER_S)
     return found
+
+
+def never_ran(ready: Any) -> bool:
+    """Of a reference of `ActorGroup.ready` that is done: whether its actor was sent to a node that was gone."""
+    try:
+        ray.get(ready)
+    except RayActorError as error:
+        return NEVER_RAN in str(error)
+    except OutOfMemoryError:
+        pass
+    return False
 
 
 def end_of(error: RayActorError | OutOfMemoryError) -> str:

@@ -15,7 +15,7 @@ from ray.exceptions import ObjectLostError, OutOfMemoryError, RayActorError, Ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.environment import worker_env
-from actors.group import end_of, last_line, root_cause
+from actors.group import NEVER_RAN, end_of, last_line, root_cause
 from actors.health import Deadlines, Health, State
 from actors.placement import alive_nodes
 from actors.watched import Report, end_process
@@ -67,6 +67,7 @@ class Member:
         self.report: Report | None = None
         self.could_not_start: str | None = None
         """What its constructor raised."""
+        self._never_ran = False
         self._gone = asyncio.get_running_loop().create_future()
 
     @property
@@ -111,6 +112,7 @@ class Member:
             if error.actor_id != self._handle._actor_id.hex():  # it stands for an argument of the call
                 raise
             self.could_not_start = last_line(error) if error.actor_init_failed else None
+            self._never_ran = NEVER_RAN in str(error)
             self.lose(f"its process ended: {last_line(error)}")
         except ObjectLostError:
             self.lose("its answer was lost with its node")
@@ -139,7 +141,7 @@ class Member:
     async def bury(self) -> tuple[str, bool]:
         """End what is left of a lost one, children and all; returns where its threads stood, and whether its node
         is still there."""
-        found = ("", True) if self.report is None else await bury(self.report)
+        found = ("", not self._never_ran) if self.report is None else await bury(self.report)
         self.kill()
         return found
 

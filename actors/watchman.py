@@ -146,7 +146,7 @@ class WatchedGroup(ActorGroup[ActorT]):
         super().__init__(role, cls, arguments, seats)
 
     def guard(self) -> None:
-        """From now on, until `renew`, its processes must make progress."""
+        """From now on its processes must make progress, also those that `renew` starts."""
         self._watchman.guard.remote(self.role.name, self._generation)
 
     def leave(self) -> tuple[str, str]:
@@ -157,6 +157,7 @@ class WatchedGroup(ActorGroup[ActorT]):
     def renew(self) -> None:
         self._generation += 1
         super().renew()
+        self.guard()
 
     def _methods(self) -> dict[str, Any]:
         methods = super()._methods()

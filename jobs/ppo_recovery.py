@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from actors.group import collect, find_lost
+from actors.group import collect, find_lost, never_ran
 from actors.learner import LearnerActor
 from actors.placement import LEARNERS, UNITS
 from actors.supervisor import BUDGET_S, PLACE_S
@@ -133,7 +133,6 @@ class Recovery:
         groups = {name: group for name, group in self._roles.models.items() if name in self._lost}
         for group in groups.values():
             group.renew()
-            group.guard()
         if "policy" in groups:
             self._roles.rollout.begin_again()
         self._wait_for_places(groups)
@@ -150,10 +149,15 @@ class Recovery:
 
     def _wait_for_places(self, groups: Mapping[str, WatchedGroup[Any]]) -> None:
         """Where a node went, others must have room, or come in time."""
-        limit = max(self._config.placement.wait_s, PLACE_S)
-        waiting, deadline = [reference for group in groups.values() for reference in group.ready()], 0.0
+        limit, deadline = max(self._config.placement.wait_s, PLACE_S), 0.0
+        waiting = {reference: group for group in groups.values() for reference in group.ready()}
         while waiting:
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_S)
+            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=LOOK_S)
+            astray = {waiting[reference] for reference in done if never_ran(reference)}
+            waiting = {ref: group for ref, group in waiting.items() if ref not in done and group not in astray}
+            for group in astray:
+                group.renew()
+                waiting |= dict.fromkeys(group.ready(), group)
             homeless = [group.role for group in groups.values() if not group.held()]
             deadline = deadline or time.monotonic() + limit if homeless else 0.0
             if homeless and time.monotonic() > deadline:

@@ -135,28 +135,30 @@ def a_node_that_comes() -> None:
 
 
 def a_node_that_goes() -> None:
-    """With the ranks of a learner. The first time another node comes, the second time none."""
+    """With the ranks of a learner. The first time another node comes, and Ray sends the new ranks to the one that went
+    before it knows of that. The second time none comes."""
     config, role = PlacementConfig(wait_s=120, node_types={"policy": "brittle"}), Role("policy", 2, 0.5, 0)
     settings = SimpleNamespace(placement=SimpleNamespace(wait_s=0.0))
     recovery = Recovery(SimpleNamespace(config=settings, roles=SimpleNamespace(models={})), {})  # type: ignore[arg-type]
     held = reserve([role], config, print)
     group = ActorGroup(role, Probe, lambda rank: {}, held.seats(role))
 
-    def lose_the_node() -> set[str]:
+    def lose_the_node(*, known: bool) -> set[str]:
         there = {node for node, _ in group.whereabouts()}
         ranks = [psutil.Process(pid) for pid in group.call(Probe.pid)]
         raylet = next(parent for parent in ranks[0].parents() if parent.name() == "raylet")
         for process in (raylet, *ranks):  # by themselves they would outlive it, here
             process.kill()
-        assert list(find_lost([group])) == ["policy"]
+        if known:
+            assert list(find_lost([group])) == ["policy"]
         print("gone", flush=True)
         group.renew()
         return there
 
-    before = lose_the_node()
+    before = lose_the_node(known=False)
     recovery._wait_for_places({"policy": group})  # type: ignore[dict-item]
     assert before.isdisjoint(node for node, _ in group.whereabouts())
-    lose_the_node()
+    lose_the_node(known=True)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(FleetExhausted, match=(
         r"no place was found within 2 s: needed are policy 2 x 0.5 CPU and 0 GPU, free are .* CPU and \d GPU\. The last"
     )):  # fmt: skip
