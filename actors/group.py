@@ -225,10 +225,14 @@ def actor_options(role: Role, cls: type) -> dict[str, Any]:
 
 
 def constructor(cls: type) -> Callable[..., None]:
-    """What makes an actor of the class; what it imports is collected by nobody."""
+    """What makes an actor of the class; what it imports is collected by nobody, the tensors that it returns travel as
+    arrays."""
 
     def construct(self: Any, **arguments: Any) -> None:
         with without_garbage_collection():
+            from actors.tensors import send_as_arrays  # torch, which who starts it may do without
+
+            send_as_arrays()
             cls.__init__(self, **arguments)  # type: ignore[misc]
 
     return construct
