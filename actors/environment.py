@@ -1,12 +1,14 @@
-"""Environment variables of worker processes. Two of them cost a factor of six when they are missing."""
+"""Where a worker process is, and its environment variables: two of them cost a factor of six when they are missing."""
 
 from __future__ import annotations
 
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from rayllm import faults
+
+if TYPE_CHECKING:  # a supervisor computes nothing
+    import torch
 
 CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # two OpenMP threads on two busy cores were 6 times slower than one
@@ -37,7 +39,16 @@ def backend(gpus: float) -> str:
 
 def device_of() -> torch.device:
     """The GPU that Ray gave this process, or the CPU on as many threads as OMP_NUM_THREADS says."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda", 0)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     return torch.device("cpu")
+
+
+def this_node() -> str:
+    """Ray's id of the node of this process."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())

@@ -13,12 +13,11 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.environment import worker_env
+from actors.environment import this_node, worker_env
 from actors.fleet_actor import EngineStatus, FleetActor
 from actors.group import Role, Seats, collect, whereabouts
 from actors.health import Deadlines
 from actors.member import Call
-from actors.publishing import this_node
 from actors.rollout import RolloutActor
 from actors.supervisor import Blueprint, Size
 from actors.vllm_engine import default_engine_args

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from actors.environment import this_node
 from actors.weights import Memory, Place, WeightBundle, pack
 
 if TYPE_CHECKING:  # who only samples needs no Ray
@@ -95,10 +96,3 @@ class Publisher:
             checksum=bundle.checksum,
             stored=(ray.put(self._memory.array[:end]),) if elsewhere else (),
         )
-
-
-def this_node() -> str:
-    """Ray's id of the node of this process."""
-    import ray
-
-    return str(ray.get_runtime_context().get_node_id())

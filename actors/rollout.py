@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from actors.conversation import Conversations
-from actors.publishing import Published, this_node
+from actors.environment import this_node
+from actors.publishing import Published
 from actors.seeds import sample_seed
 from actors.vllm_engine import Request, make_engine, set_environment
 from actors.weight_group import Seat

@@ -18,11 +18,10 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.counters import count, counters
-from actors.environment import worker_env
+from actors.environment import this_node, worker_env
 from actors.group import ActorGroup, ActorT, Role, Seats, is_async
 from actors.health import Deadlines, Health, State
 from actors.member import bury, looks
-from actors.publishing import this_node
 from actors.watched import Report, be_watched
 
 BEGUN, DONE = "begun", "done"

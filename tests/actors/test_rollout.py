@@ -14,7 +14,8 @@ import ray
 import torch
 
 from actors import weight_group
-from actors.publishing import Publisher, this_node
+from actors.environment import this_node
+from actors.publishing import Publisher
 from actors.rollout import RolloutActor, Sent, sample_seed
 from actors.vllm_async import AsyncEngine
 from actors.vllm_engine import EXIT_GRACE_S
