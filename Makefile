@@ -13,13 +13,16 @@ STAMP := $(VENV)/.installed
 BENCH ?= runs/bench
 ROUNDS ?= 1 2
 
-.PHONY: quickstart test faults faults-full lint bench install clean
+.PHONY: quickstart test test-long faults faults-full lint bench install clean
 
 quickstart: install
 	$(BIN)/rayllm pipeline --config jobs/configs/quickstart.yaml $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+test-long: install
+	$(BIN)/python -m pytest --long $(ARGS)
 
 # The scorecard of what may go wrong: docs/reliability.md. Real Ray in both; the first with a fake engine, the second with
 # vLLM and DeepSpeed throughout, and with tests that take too long for `make test`.

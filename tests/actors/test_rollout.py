@@ -585,7 +585,8 @@ def test_the_engine_for_gpus_samples_and_updates_the_same(
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-@pytest.mark.scorecard("R03", tier="full", long=True)
+@pytest.mark.long
+@pytest.mark.scorecard("R03", tier="full")
 def test_when_vllms_process_is_killed_its_actor_tells_at_once_and_ends(local_ray, tiny_model_dir, prompts, seen, stopped):
     """Its actor answers all the while. One that is stopped shows in nothing but its progress (`actors/health.py`)."""
     remote = local_ray.remote(ActorOnAsyncLLM).options(num_cpus=1, max_concurrency=100)

@@ -85,7 +85,8 @@ def undisturbed(tiny_run, tmp_path_factory) -> Path:
     return finished(tiny_run, tmp_path_factory.mktemp("undisturbed") / "run")
 
 
-@pytest.mark.scorecard("R16", tier="full", long=True)
+@pytest.mark.long
+@pytest.mark.scorecard("R16", tier="full")
 @pytest.mark.parametrize("seed", range(5))
 def test_three_random_kills_change_nothing_that_is_learned(tiny_run, undisturbed, tmp_path, seed, seen):
     run_dir = tmp_path / "run"
@@ -100,7 +101,8 @@ def test_three_random_kills_change_nothing_that_is_learned(tiny_run, undisturbed
     seen(f"seed {seed}: {', '.join(killed)}: exit 0, all steps and prompts, metrics apart by at most {apart:.1g}")
 
 
-@pytest.mark.scorecard("R07", "R10", "R18", tier="full", long=True)
+@pytest.mark.long
+@pytest.mark.scorecard("R07", "R10", "R18", tier="full")
 def test_a_rank_that_hangs_and_models_that_die_are_rebuilt_beside_real_engines(tiny_run, tmp_path, seen):
     chosen = [
         Fault("policy.update", "stop", passes=3, rank=1),  # the other rank waits for it in a collective

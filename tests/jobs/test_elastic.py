@@ -61,7 +61,8 @@ def engines_of(job: subprocess.Popen) -> list[psutil.Process]:
     return [child for child in children if child.name().startswith("ray::RolloutAct")]
 
 
-@pytest.mark.scorecard("R01", "R02", tier="full", long=True)
+@pytest.mark.long
+@pytest.mark.scorecard("R01", "R02", tier="full")
 def test_losing_one_engine_changes_nothing_losing_both_ends_it_and_the_same_command_continues(tiny_run, tmp_path):
     source, _ = tiny_run
     run_dir = tmp_path / "run"

@@ -31,7 +31,8 @@ def state(root: psutil.Process) -> dict[tuple[int, str], tuple[float, int]]:
     return found
 
 
-@pytest.mark.scorecard("R64", tier="full", long=True)
+@pytest.mark.long
+@pytest.mark.scorecard("R64", tier="full")
 def test_two_hundred_steps_after_a_warm_up_leave_every_process_as_it_was(tiny_run, tmp_path: Path, seen):
     run_dir = tmp_path / "run"
     quiet = ("eval.every_steps=1000", "checkpoint.every_steps=50", "checkpoint.keep=1")

@@ -232,7 +232,7 @@ def reached_more(folder: Path, step: int) -> bool:
     ("signum", "status"),
     [
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.scorecard("R68", tier="full")),
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.scorecard("R68", tier="full", long=True)),
+        pytest.param(signal.SIGTERM, 143, marks=[pytest.mark.scorecard("R68", tier="full"), pytest.mark.long]),
     ],
 )
 def test_stopping_a_training_job_leaves_nothing_and_the_next_run_continues(tiny_run, tmp_path, signum, status):

@@ -159,7 +159,8 @@ def test_whoever_dies_or_hangs_is_rebuilt_inside_the_run(run, undisturbed, tmp_p
          "metrics and weights equal to the bit", detected=SHORT_STALL_S, recovered=max(seconds))  # fmt: skip
 
 
-@pytest.mark.scorecard("R08", "R09", "R60", tier="full", long=True)
+@pytest.mark.long
+@pytest.mark.scorecard("R08", "R09", "R60", tier="full")
 def test_a_rank_that_dies_takes_its_group_along_and_no_prompt_is_lost(run, tmp_path):
     """GRPO, two ranks, a step ahead: during a save, and while the engines get its weights."""
     chosen = [Fault("learner.save", "kill", rank=1), Fault("policy.publish", "kill", passes=4, rank=0)]

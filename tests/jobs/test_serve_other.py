@@ -55,7 +55,8 @@ print(json.dumps(answers))
 """
 
 
-@pytest.mark.scorecard("R70", tier="full", long=True)
+@pytest.mark.long
+@pytest.mark.scorecard("R70", tier="full")
 def test_every_answer_is_of_one_model_and_says_of_which(tiny_model_dir, other_tiny_model_dir, tmp_path, seen):
     first, first_id = with_manifest(tiny_model_dir, tmp_path / "first")
     other, other_id = with_manifest(other_tiny_model_dir, tmp_path / "other")

@@ -1,9 +1,9 @@
 """The scorecard: tests that stand for a row, run in one process, and the table of what was seen.
 
     make faults          every row of the fast tier: real Ray, a fake engine with the real one's interface
-    make faults-full     all rows: real vLLM and DeepSpeed too, and what takes too long for `make test` (``long=True``)
+    make faults-full     all rows: real vLLM and DeepSpeed too, and what takes too long for `make test`
 
-A test becomes part of a row by ``@pytest.mark.scorecard("R38")`` (several ids are fine; ``tier="full"`` where it needs
+That is what ``@pytest.mark.long`` says of a test, of a row or not; ``make test-long`` runs these alone. A test becomes part of a row by ``@pytest.mark.scorecard("R38")`` (several ids are fine; ``tier="full"`` where it needs
 vLLM or a whole pipeline, ``partly=True`` where it stands for a part of what the row expects). What it saw it may tell the fixture ``seen``, with the seconds until a fault was noticed and
 until the run had recovered; else the test's name, which is a sentence, is what was seen. A row passes if all its tests
 did, and one of them at least stands for all of it.
@@ -84,12 +84,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("scorecard")
     choices = (*TIERS, "rest")
     group.addoption("--scorecard", choices=choices, help="run its tests of a tier alone; rest: all but the fast tier")
+    group.addoption("--long", action="store_true", help="run what takes too long for every day, alone")
     group.addoption("--scorecard-page", type=Path, help="write the table into this page")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    line = "scorecard(*rows, tier='fast', partly=False, long=False): the test stands for (a part of) rows of the scorecard"
+    line = "scorecard(*rows, tier='fast', partly=False): the test stands for (a part of) rows of the scorecard"
     config.addinivalue_line("markers", line)
+    config.addinivalue_line("markers", "long: takes too long for every day; `make test` leaves it out")
     config.stash[_CARD] = Scorecard(config.getoption("--scorecard") or "")
 
 
@@ -106,13 +108,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         unknown = set(rows) - set(ROWS)
         assert not unknown, f"{item.nodeid}: no such row: {unknown}"
         tier = "full" if any(mark.kwargs.get("tier") == "full" for mark in marks) else "fast"
-        long = any(mark.kwargs.get("long") for mark in marks)
-        assert not long or tier == "full", f"{item.nodeid}: long, and not of the full tier"
+        long = item.get_closest_marker("long") is not None
+        assert not long or not marks or tier == "full", f"{item.nodeid}: long, and not of the full tier"
         wanted = {
-            "": not long,
+            "": long == config.getoption("--long"),
             "fast": bool(marks) and tier == "fast",
             "full": bool(marks),
-            "rest": not marks or (tier == "full" and not long),
+            "rest": not long and (not marks or tier == "full"),
         }[card.tier]
         (kept if wanted else left).append(item)
         if marks and wanted:
