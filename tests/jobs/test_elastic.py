@@ -135,6 +135,7 @@ def nodes_of_engines(cluster: Cluster) -> list[psutil.Process]:
     return sorted(found, key=lambda raylet: raylet.create_time())
 
 
+@pytest.mark.long
 @pytest.mark.scorecard("R13", tier="full")
 def test_engines_come_and_go_with_their_nodes_while_the_job_runs(growing_cluster, tiny_run, tmp_path):
     """No node for an engine: the job waits and says so. One comes, it runs; a second one comes and serves; the node of

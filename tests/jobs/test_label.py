@@ -107,6 +107,7 @@ def test_the_screen_is_free_of_library_chatter(labels):
         assert noise not in labels[1], labels[1]
 
 
+@pytest.mark.long
 def test_a_killed_job_goes_on_and_ends_with_the_same_files(arguments, labels, tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, "-m", "jobs.cli", *arguments, f"run_dir={run_dir}"]

@@ -197,6 +197,7 @@ def reached(folder: Path) -> int:
     return found[0] if found else 0
 
 
+@pytest.mark.long
 @pytest.mark.scorecard("R12", "R56", "R59", tier="full")
 def test_a_ppo_run_that_is_stopped_and_then_killed_ends_the_same(tiny_run, tmp_path):
     source, _ = tiny_run
@@ -228,13 +229,9 @@ def reached_more(folder: Path, step: int) -> bool:
     return any(int(path.name[-6:]) >= step for path in (folder / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize(
-    ("signum", "status"),
-    [
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.scorecard("R68", tier="full")),
-        pytest.param(signal.SIGTERM, 143, marks=[pytest.mark.scorecard("R68", tier="full"), pytest.mark.long]),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.scorecard("R68", tier="full")
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_a_training_job_leaves_nothing_and_the_next_run_continues(tiny_run, tmp_path, signum, status):
     source, _ = tiny_run
     run_dir = tmp_path / "run"

@@ -226,6 +226,7 @@ def undo_the_last_step(run_dir: Path) -> None:
     (run_dir / "run.json").write_text(json.dumps({**record, "status": "failed"}))
 
 
+@pytest.mark.long
 def test_ppo_places_every_role_on_its_node_type_and_one_section_moves_it(nodes, tiny_run, tmp_path):
     source, _ = tiny_run
     (tmp_path / "ppo.yaml").write_text(

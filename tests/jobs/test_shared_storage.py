@@ -38,6 +38,7 @@ def stored_steps(address: str) -> list[int]:
         return []
 
 
+@pytest.mark.long
 @pytest.mark.scorecard("R27", "R58", tier="full")
 def test_a_stage_takes_its_inputs_from_s3_stops_on_one_cluster_and_ends_on_another(tiny_run, tmp_path, bucket):
     source, _ = tiny_run

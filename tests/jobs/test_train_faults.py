@@ -76,6 +76,7 @@ class Trained:
         return Checkpoints(self.folder / "checkpoints", keep=20)
 
 
+@pytest.mark.long
 @pytest.mark.scorecard("R07", "R29", "R57", tier="full")
 def test_a_lost_worker_a_damaged_checkpoint_and_fewer_workers_leave_the_curve_as_it_was(
     local_ray, tmp_path, tiny_model_dir, demonstrations, monkeypatch
