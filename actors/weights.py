@@ -22,6 +22,8 @@ import torch
 import xxhash
 from safetensors import safe_open
 
+from actors.tensors import bytes_of
+
 ALIGNMENT = 64
 """Bytes. Every tensor starts on such a boundary, so that a view of any dtype is legal."""
 
@@ -134,7 +136,7 @@ def pack(
             tensor = tensor.to(dtype)
         if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
             raise RuntimeError(f"weights of version {version} are not handed out: {name} holds NaN or infinity")
-        data = _bytes_of(tensor)
+        data = bytes_of(tensor)
         start = end + -end % ALIGNMENT
         dtype_name = str(tensor.dtype).removeprefix("torch.")
         entries[name] = Entry(name, dtype_name, tuple(tensor.shape), start, data.nbytes)
@@ -186,12 +188,8 @@ def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     found = xxhash.xxh3_128()
     for name, tensor in named_tensors:
         found.update(name.encode())
-        found.update(_bytes_of(tensor.detach()).data)
+        found.update(bytes_of(tensor).data)
     return found.hexdigest()
-
-
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def check_shapes(

@@ -3,10 +3,12 @@
     make faults          every row of the fast tier: real Ray, a fake engine with the real one's interface
     make faults-full     all rows: real vLLM and DeepSpeed too, and what takes too long for `make test`
 
-That is what ``@pytest.mark.long`` says of a test, of a row or not; ``make test-long`` runs these alone. A test becomes part of a row by ``@pytest.mark.scorecard("R38")`` (several ids are fine; ``tier="full"`` where it needs
-vLLM or a whole pipeline, ``partly=True`` where it stands for a part of what the row expects). What it saw it may tell the fixture ``seen``, with the seconds until a fault was noticed and
-until the run had recovered; else the test's name, which is a sentence, is what was seen. A row passes if all its tests
-did, and one of them at least stands for all of it.
+A test becomes part of a row by ``@pytest.mark.scorecard("R38")`` (several ids are fine; ``tier="full"`` where it needs
+vLLM or a whole pipeline, ``partly=True`` where it stands for a part of what the row expects). What it saw it may tell the
+fixture ``seen``, with the seconds until a fault was noticed and until the run had recovered; else the test's name, which
+is a sentence, is what was seen. A row passes if all its tests did, and one of them at least stands for all of it.
+
+``@pytest.mark.long``, of a row or not: too long for `make test`; `make test-long` runs these alone.
 """
 
 from __future__ import annotations
