@@ -143,13 +143,26 @@ class RolloutFleet:
             work: first argument of each call, or its reference.
             tokens: of each piece, prompts and longest responses.
         """
+        return self.submit_joined(method, [[one] for one in work], tokens=[[count] for count in tokens], **arguments)
+
+    def submit_joined(
+        self,
+        method: Callable[..., Any],
+        work: Sequence[list[Any]],
+        *,
+        tokens: Sequence[list[int]],
+        join: Callable[[list[Any]], Any] | None = None,
+        **arguments: Any,
+    ) -> list[ray.ObjectRef]:
+        """Like `submit`, of several pieces each, which may go to several engines: ``join`` makes one of their answers.
+        """
         references: dict[int, ray.ObjectRef] = {}
-        for index in sorted(range(len(work)), key=lambda index: -tokens[index]):
-            references[index] = self._submit(method.__name__, [work[index]], tokens[index], arguments)
+        for index in sorted(range(len(work)), key=lambda index: -sum(tokens[index])):
+            references[index] = self._submit(method.__name__, work[index], tokens[index], join, arguments)
         return [references[index] for index in range(len(work))]
 
-    def _submit(self, method: str, work: list[Any], tokens: int, arguments: dict[str, Any]) -> ray.ObjectRef:
-        return self._actor.work.remote(method, work, tokens, arguments)
+    def _submit(self, *arguments: Any) -> ray.ObjectRef:
+        return self._actor.work.remote(*arguments)
 
     def readers(self) -> ray.ObjectRef:
         """For whoever publishes the next weights: nodes where they will be read, None for any. Nobody begins to read

@@ -66,20 +66,35 @@ class FleetActor(Supervisor[Engine]):
         self._served = False
         """Whether any engine ever did: before, one that cannot start is a mistake of whoever asked for it."""
 
-    async def work(self, method: str, work: list[Any], tokens: int, arguments: Mapping[str, Any]) -> Any:
-        """What the method of some engine returns.
+    async def work(
+        self,
+        method: str,
+        work: Sequence[Any],
+        tokens: Sequence[int],
+        join: Callable[[list[Any]], Any] | None,
+        arguments: Mapping[str, Any],
+    ) -> Any:
+        """What the method of some engine returns, or of several engines, joined.
 
         Args:
-            work: the one piece; a reference in it is waited for and goes on as a reference.
-            tokens: what it costs.
+            work: pieces; one that is a reference is waited for and goes on as a reference.
+            tokens: what each costs.
+            join: makes one of several answers.
 
         Raises:
             FleetExhausted: too few engines are left.
-            RuntimeError: engine after engine was lost with this piece under way.
+            RuntimeError: engine after engine was lost with a piece under way.
             Exception: whatever the method raised.
         """
-        if isinstance(work[0], ray.ObjectRef):  # an engine that waits for it would look as if it hung
-            await asyncio.to_thread(ray.wait, work, fetch_local=False)
+        pieces = [self._piece(method, piece, cost, arguments) for piece, cost in zip(work, tokens, strict=True)]
+        if len(pieces) == 1:
+            return await pieces[0]
+        assert join is not None, "several pieces want to be joined"
+        return join(await asyncio.gather(*pieces))
+
+    async def _piece(self, method: str, piece: Any, tokens: int, arguments: Mapping[str, Any]) -> Any:
+        if isinstance(piece, ray.ObjectRef):  # an engine that waits for it would look as if it hung
+            await asyncio.to_thread(ray.wait, [piece], fetch_local=False)
         lost: list[str] = []
         while len(lost) < MAX_LOSSES:
             await self._unless_failed(lambda: bool(self._in(State.READY)))
@@ -87,7 +102,7 @@ class FleetActor(Supervisor[Engine]):
             engine.tokens += tokens
             engine.pieces += 1
             try:
-                answer = await engine.call(Call(method, tuple(work), arguments))
+                answer = await engine.call(Call(method, (piece,), arguments))
                 engine.served += 1
                 return answer
             except Lost as error:
@@ -95,7 +110,7 @@ class FleetActor(Supervisor[Engine]):
             finally:
                 engine.tokens -= tokens
                 engine.pieces -= 1
-        raise RuntimeError(f"{', '.join(lost)} were lost, one by one, with the same work: {reprlib.repr(work)}")
+        raise RuntimeError(f"{', '.join(lost)} were lost, one by one, with the same work: {reprlib.repr([piece])}")
 
     async def readers(self) -> list[str] | None:
         """Nodes whose engines will read the weights that are published next; None: any may. From now until they are

@@ -24,10 +24,6 @@ OUT_OF_MEMORY = "running low on memory"
 NEVER_RAN = "The actor never ran"
 """In Ray's account of an actor that it had sent to a node of which it did not know yet that it was gone."""
 
-PIECES = 4
-"""Calls into which `ActorGroup.map_pieces` divides a rank's rows: the actor works while later rows are on their way,
-and many rows do not cost as many calls."""
-
 FIND_S, TOGETHER_S = 30.0, 1.0
 """How long `find_lost` waits for busy actors: until one is found lost, and after that for those that went with it."""
 
@@ -85,7 +81,7 @@ class ActorGroup(Generic[ActorT]):
 
     def _methods(self) -> dict[str, Any]:
         """What the actors have beside or in place of the methods of their class."""
-        return {"__init__": constructor(self._cls), "each": _each, "whereabouts": whereabouts}
+        return {"__init__": constructor(self._cls), "whereabouts": whereabouts}
 
     def _arguments_of(self, rank: int) -> dict[str, Any]:
         """Of the constructor."""
@@ -125,25 +121,6 @@ class ActorGroup(Generic[ActorT]):
             getattr(self._actors[i % len(self._actors)], method.__name__).remote(*row, **kwargs)
             for i, row in enumerate(rows)
         ]
-
-    def map_pieces(self, method: Callable[..., Any], *columns: Sequence[Any], **kwargs: Any) -> list[Any]:
-        """Like `map`, in at most `PIECES` calls a rank: rows of one call are done when its last one is.
-
-        For actors whose methods are not async.
-        """
-        rows = list(zip(*columns, strict=True))
-        references: list[Any] = [None] * len(rows)
-        for rank, actor in enumerate(self._actors):
-            mine = range(rank, len(rows), len(self._actors))
-            size = -(-len(mine) // PIECES)
-            for start in range(0, len(mine), max(size, 1)):
-                piece = mine[start : start + size]
-                cells = [cell for index in piece for cell in rows[index]]
-                call = actor.each.options(num_returns=len(piece))
-                found = call.remote(method.__name__, len(columns), *cells, **kwargs)
-                for index, reference in zip(piece, found if len(piece) > 1 else [found], strict=True):
-                    references[index] = reference
-        return references
 
     def stop(self) -> None:
         """End the processes."""
@@ -236,12 +213,6 @@ def constructor(cls: type) -> Callable[..., None]:
             cls.__init__(self, **arguments)  # type: ignore[misc]
 
     return construct
-
-
-def _each(self: Any, method: str, width: int, *cells: Any, **kwargs: Any) -> Any:
-    """A method of an actor on several rows of ``width`` arguments, which come one after the other."""
-    results = [getattr(self, method)(*row, **kwargs) for row in zip(*[iter(cells)] * width, strict=True)]
-    return results if len(results) > 1 else results[0]
 
 
 def collect(references: Sequence[Any], role: str) -> list[Any]:

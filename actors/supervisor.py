@@ -99,7 +99,8 @@ class Supervisor(ABC, Generic[MemberT]):
         self._lines: list[tuple[str, str]] = []
         self._hushed = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._event = asyncio.Event()
+        self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
+        """Who waits -> for what."""
         self._end: Exception | None = None
 
     @abstractmethod
@@ -127,8 +128,7 @@ class Supervisor(ABC, Generic[MemberT]):
 
     async def decisions(self, after: int) -> list[tuple[str, str]]:
         """Lines with details, without the first ``after``: at least one, or none after `hush`."""
-        while len(self._lines) <= after and not self._hushed:
-            await self._event.wait()
+        await self._when(lambda: len(self._lines) > after or self._hushed)
         return self._lines[after:]
 
     async def hush(self) -> None:
@@ -229,8 +229,8 @@ class Supervisor(ABC, Generic[MemberT]):
         self._changed()
 
     def _in(self, *states: State) -> list[MemberT]:
-        """In their order."""
-        return [member for _, member in sorted(self._members.items()) if member.state in states]
+        """In the order of their numbers."""
+        return [member for member in self._members.values() if member.state in states]
 
     def _up(self) -> list[MemberT]:
         """Set up and alive."""
@@ -254,11 +254,21 @@ class Supervisor(ABC, Generic[MemberT]):
             self._fail(error)
 
     def _changed(self) -> None:
-        event, self._event = self._event, asyncio.Event()
-        event.set()
+        """Wake those whose condition holds now, and nobody else: each of many actors has somebody who waits."""
+        for waiter, condition in self._waiting.items():
+            if not waiter.done() and condition():
+                waiter.set_result(None)
+
+    async def _when(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiting[waiter] = condition
+            try:
+                await waiter
+            finally:
+                del self._waiting[waiter]
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        while self._end is None and not condition():
-            await self._event.wait()
+        await self._when(lambda: self._end is not None or condition())
         if self._end is not None:
             raise self._end

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.fleet import PROBE_TOKENS, RolloutFleet
-from actors.group import PIECES, ActorGroup, Role
+from actors.group import ActorGroup, Role
 from actors.health import Deadlines
 from actors.member import Call
 from actors.supervisor import Blueprint, Size
@@ -103,21 +103,15 @@ class CountingGroup(ActorGroup[Any]):
             self.traffic.call((row, kwargs))
         return super().map(method, *columns, **kwargs)
 
-    def map_pieces(self, method: Callable[..., Any], *columns: Any, **kwargs: Any) -> list[Any]:
-        rows = list(zip(*columns, strict=True))
-        for piece in range(min(PIECES, len(rows))):  # one rank
-            self.traffic.call((rows[piece :: PIECES], kwargs))
-        return super().map_pieces(method, *columns, **kwargs)
-
 
 class CountingFleet(RolloutFleet):
     """A fleet that tells its calls to ``traffic``."""
 
     traffic: Traffic
 
-    def _submit(self, method: str, work: list[Any], tokens: int, arguments: dict[str, Any]) -> ray.ObjectRef:
-        self.traffic.call((method, work, tokens, arguments))
-        return super()._submit(method, work, tokens, arguments)
+    def _submit(self, *arguments: Any) -> ray.ObjectRef:
+        self.traffic.call(arguments)
+        return super()._submit(*arguments)
 
     def _sync(self, call: Call) -> ray.ObjectRef:
         self.traffic.call(call)

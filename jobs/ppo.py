@@ -57,7 +57,7 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
             with watch.timed("time/score"):
                 mix = controls.mix(roles, scores)
                 given = (logprobs, ref_logprobs, values, *zip(*scores, strict=True), *greedy)
-                experience = roles.policy.map_pieces(
+                experience = roles.policy.map(
                     PolicyActor.experience, shards, *given, mix=mix, kl_coef=controls.kl_coef
                 )
                 wait(experience)

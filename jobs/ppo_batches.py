@@ -11,6 +11,7 @@ from actors.rollout import RolloutActor
 from jobs.ppo_rewards import ShardScores
 from jobs.ppo_roles import Roles
 from rayllm.config.ppo import PPOConfig
+from rayllm.data.experience import concat
 from rayllm.data.prompts import PromptData, PromptSpan, PromptStream
 
 
@@ -111,8 +112,8 @@ class Batches:
         if state["ahead"] and state["num_shards"] != self.config.num_shards:
             raise RuntimeError(
                 f"the checkpoint has rollouts under way in {state['num_shards']} shards a step, these numbers of "
-                f"actors make {self.config.num_shards}; continue with the same policy.num_actors, critic.num_actors "
-                "and rollout.num_actors (any will do with max_policy_lag=0)"
+                f"actors make {self.config.num_shards}; continue with the same policy.num_actors, critic.num_actors, "
+                "rollout.num_actors and rollout.cut_tail (any will do with max_policy_lag=0)"
             )
         self.roles.rollout.drop([shard.experience for shard in [*self._taken, *self._ahead]])
         self._taken, self._ahead = [], []
@@ -137,9 +138,9 @@ class Batches:
         return shards
 
     def _sample(self, spans: list[PromptSpan], step: int) -> list[ray.ObjectRef]:
-        return self.roles.rollout.submit(
-            RolloutActor.experience, spans, tokens=[self._tokens(span) for span in spans], step=step
-        )
+        pieces = [span.split(self.config.pieces_per_shard) for span in spans]
+        tokens = [[self._tokens(piece) for piece in of_span] for of_span in pieces]
+        return self.roles.rollout.submit_joined(RolloutActor.experience, pieces, tokens=tokens, join=concat, step=step)
 
     def _tokens(self, span: PromptSpan) -> int:
         """Tokens of these prompts and their longest responses; an environment's prompts are not known before."""

@@ -161,19 +161,19 @@ class Roles:
         own forward pass gives them."""
         if self.config.algorithm.updates_per_step == 1:
             return [None] * len(shards)
-        return self.policy.map_pieces(PolicyActor.logprobs, shards)
+        return self.policy.map(PolicyActor.logprobs, shards)
 
     def ref_logprobs(self, shards: list[Any]) -> list[Any]:
         """Of every shard under the reference; None each without one."""
         if self.reference is not None:
-            return self.reference.map_pieces(ReferenceActor.logprobs, shards)
+            return self.reference.map(ReferenceActor.logprobs, shards)
         if self.config.algorithm.kl_coef:
-            return self.policy.map_pieces(PolicyActor.ref_logprobs, shards)
+            return self.policy.map(PolicyActor.ref_logprobs, shards)
         return [None] * len(shards)
 
     def values(self, shards: list[Any]) -> list[Any]:
         """Of every shard by the critic; None each without one."""
-        return [None] * len(shards) if self.critic is None else self.critic.map_pieces(CriticActor.values, shards)
+        return [None] * len(shards) if self.critic is None else self.critic.map(CriticActor.values, shards)
 
     def greedy_scores(self, shards: list[Any], step: int) -> list[Any]:
         """Columns of what each source gives the greedy response to every row's prompt (ReMax); none where nobody asks

@@ -27,6 +27,9 @@ from rayllm.config.rl import (
 
 PROMPTS_HELP = "Prompts to learn on: a file with a `prompt` column, OpenAI messages or GSM8K's columns."
 
+SHARDS_A_RANK = 4
+"""Calls for which a scorer waits, one by one, in a step. What each costs is the same for a shard of any size."""
+
 
 class PPOConfig(DataJobConfig):
     model: Path
@@ -126,13 +129,25 @@ class PPOConfig(DataJobConfig):
 
     @property
     def num_shards(self) -> int:
-        """Parts of a step's batch: whole prompts, the same number for every learner rank, and enough that every
-        rollout actor has work and scoring can start before the last response is done."""
+        """Parts of a step's batch that are scored, and wait for each other, as one: whole prompts, the same number for
+        every learner rank, and enough that scoring can start before the last response is done. More of them only where
+        the tail is cut: what comes late is a shard."""
         from math import lcm
 
         ranks = lcm(*self.learner_ranks.values())
-        wanted = max(2, self.rollout.max_engines or self.rollout.num_actors)
+        wanted = max(2, self._engines) if self.rollout.cut_tail else min(max(2, self._engines), SHARDS_A_RANK * ranks)
         return ranks * -(-wanted // ranks)
+
+    @property
+    def pieces_per_shard(self) -> int:
+        """Calls in which a shard is sampled: as many for every rollout actor."""
+        from math import gcd
+
+        return self._engines // gcd(self._engines, self.num_shards)
+
+    @property
+    def _engines(self) -> int:
+        return self.rollout.max_engines or self.rollout.num_actors
 
     @model_validator(mode="after")
     def _divides(self) -> PPOConfig:

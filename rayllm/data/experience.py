@@ -20,6 +20,10 @@ import torch
 PER_SEQUENCE = ("rewards", "prompt_ids", "stopped")
 """Fields of shape (B,); all others are (B, T)."""
 
+MASKS = ("attention_mask", "action_mask")
+OF_SAMPLED = {"rollout_logprobs", "policy_versions", "turn_rewards", "advantages", "returns"}
+"""Fields that are 0 beside the tokens that the policy sampled."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experience:
@@ -56,9 +60,15 @@ class Experience:
             raise ValueError("Experience.action_mask[:, 0] must be False: the first token has no predecessor")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As arrays, which pickle hands over as they lie; tensors it would write out one by one, ten times slower."""
-        tensors = [getattr(self, field.name) for field in fields(self)]
-        return _from_arrays, ([None if tensor is None else tensor.cpu().numpy() for tensor in tensors],)
+        """As arrays, which pickle hands over as they lie, in about half of the bytes: masks in bits, and
+        of what is 0 beside the sampled tokens only theirs."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
+        sampled = arrays["action_mask"]
+        packed = {name: array[sampled] for name, array in arrays.items() if name in OF_SAMPLED}
+        packed |= {name: np.packbits(arrays[name]) for name in MASKS}
+        packed["sequences"] = arrays["sequences"].astype(np.int32)
+        return _unpacked, (sampled.shape, arrays | packed)
 
     def __len__(self) -> int:
         return self.sequences.shape[0]
@@ -84,11 +94,17 @@ class Experience:
         return replace(self, **{k: fn(v) for k, v in values.items() if v is not None})
 
 
-def _from_arrays(arrays: list[np.ndarray | None]) -> Experience:
+def _unpacked(shape: tuple[int, int], arrays: dict[str, np.ndarray]) -> Experience:
     """Copies: an array out of Ray's store is read-only, which tensors do not know."""
-    names = [field.name for field in fields(Experience)]
-    found = {n: torch.from_numpy(a.copy()) for n, a in zip(names, arrays, strict=True) if a is not None}
-    return Experience(**found)
+    found = {name: array.copy() for name, array in arrays.items() if name not in (*OF_SAMPLED, *MASKS)}
+    found["sequences"] = found["sequences"].astype(np.int64)
+    for name in MASKS:
+        found[name] = np.unpackbits(arrays[name], count=shape[0] * shape[1]).view(bool).reshape(shape)
+    sampled = found["action_mask"]
+    for name in OF_SAMPLED & arrays.keys():
+        found[name] = np.zeros(shape, arrays[name].dtype)
+        found[name][sampled] = arrays[name]
+    return Experience(**{name: torch.from_numpy(array) for name, array in found.items()})
 
 
 def concat(parts: list[Experience]) -> Experience:

@@ -128,11 +128,10 @@ class PromptSpan:
     count: int
 
     def split(self, parts: int) -> list[PromptSpan]:
-        """Equal parts. Raises ValueError when it does not divide."""
-        size, rest = divmod(self.count, parts)
-        if rest:
-            raise ValueError(f"{self.count} prompts do not divide into {parts} parts")
-        return [PromptSpan(self.epoch, self.start + part * size, size) for part in range(parts)]
+        """Parts of sizes that differ by one at most, in order; fewer where there are not as many prompts."""
+        ends = [self.count * part // parts for part in range(parts + 1)]
+        sizes = [(start, end - start) for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        return [PromptSpan(self.epoch, self.start + start, size) for start, size in sizes if size]
 
 
 class PromptStream:

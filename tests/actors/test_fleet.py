@@ -57,10 +57,14 @@ class Lab:
 
     def begin(self) -> list[ray.ObjectRef]:
         """Eight pieces of work, a prompt each."""
-        for path in self.folder.glob("generates-*"):
-            path.unlink()
+        self.begin_anew()
         pieces = [[(prompt_id, [1, 2])] for prompt_id in PROMPTS]
         return self.fleet.submit(FakeRollout.generate, pieces, tokens=[1] * len(pieces), temperature=1.0, **SAMPLING)
+
+    def begin_anew(self) -> None:
+        """Nobody has generated yet."""
+        for path in self.folder.glob("generates-*"):
+            path.unlink()
 
     def finish(self, references: list[ray.ObjectRef]) -> list[Sample]:
         return [sample for samples in collect(references, "rollout") for sample in samples]
@@ -200,10 +204,36 @@ def test_a_restarted_engine_serves_only_after_a_proved_sync_of_the_newest_weight
     assert healing.finish(healing.begin()) == right(version=8)
 
 
-def test_what_nobody_wants_any_more_is_given_up(healing):
+def begin_joined(healing: Lab) -> list[ray.ObjectRef]:
+    """The eight prompts as one piece of work after another in two that are joined."""
+    healing.begin_anew()
+    work = [[[(prompt_id, [1, 2])] for prompt_id in PROMPTS[start : start + 4]] for start in (0, 4)]
+    return healing.fleet.submit_joined(
+        FakeRollout.generate, work, tokens=[[1] * 4] * 2, join=lambda parts: sum(parts, []), temperature=1.0, **SAMPLING
+    )
+
+
+@pytest.mark.scorecard("R01")
+def test_pieces_of_one_shard_are_sampled_by_all_engines_and_joined_in_order(healing):
     healing.fleet.sync(FakeRollout.sync, 7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
-    references = healing.begin()
+    references = begin_joined(healing)
+    assert len(references) == 2
+    wait_for(lambda: len(list(healing.folder.glob("generates-*"))) == 2)  # of two engines
+    victim = healing.busy_engine()
+    kill(healing, victim)
+    assert healing.finish(references) == right(version=7)
+    healing.told(f"engine {victim} is lost: ")
+    wait_for(lambda: len(healing.numbers(State.READY)) == 2)
+
+
+@pytest.mark.parametrize("begin", [Lab.begin, begin_joined])
+def test_what_nobody_wants_any_more_is_given_up(healing, begin):
+    healing.fleet.sync(FakeRollout.sync, 7)
+    wait_for(lambda: len(healing.numbers(State.READY)) == 2)
+    for path in healing.folder.glob("gave-up-*"):
+        path.unlink()
+    references = begin(healing)
     engine = healing.busy_engine()
     healing.fleet.drop(references)
     wait_for((healing.folder / f"gave-up-{engine}").exists)

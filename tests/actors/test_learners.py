@@ -492,10 +492,9 @@ def test_rows_in_pieces_come_back_in_order_and_fill_every_rank(local_ray, num_ro
     lefts, rights = list(range(num_rows)), [10 * row for row in range(num_rows)]
     rights[-1] = local_ray.put(rights[-1])  # references are waited for, as in `map`
     try:
-        for way in (group.map, group.map_pieces):
-            sums = collect(way(Adder.add, lefts, rights, scale=3), "adder")
-            assert sums == [3 * 11 * row for row in range(num_rows)]
-        assert group.call(Adder.seen) == [2 * list(range(rank, num_rows, 2)) for rank in range(2)]
+        sums = collect(group.map(Adder.add, lefts, rights, scale=3), "adder")
+        assert sums == [3 * 11 * row for row in range(num_rows)]
+        assert group.call(Adder.seen) == [list(range(rank, num_rows, 2)) for rank in range(2)]
     finally:
         group.stop()
 

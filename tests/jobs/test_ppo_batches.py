@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 
 from actors.fleet import RolloutFleet, generate
 from actors.group import ActorGroup, Role
@@ -17,11 +18,22 @@ from jobs.ppo_batches import Batches
 from jobs.ppo_rewards import RewardGroups
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
+from rayllm.data.experience import concat
 from rayllm.data.prompts import PromptData, PromptSpan, PromptStream
+from rayllm.data.rollout import Rollout, collate
 
 NUM_PROMPTS, STEPS = 20, 9
 SLOW = 3
 """The prompt with this id takes long."""
+
+
+def rollout_of(prompt_id: int, *, step: int) -> Rollout:
+    """As long as its prompt's id says."""
+    tokens = tuple(range(1, prompt_id + 2))
+    return Rollout(
+        prompt_id=prompt_id, prompt_token_ids=(5,), token_ids=tokens, logprobs=tuple(-0.5 * token for token in tokens),
+        finish_reason="stop", policy_versions=(step,) * len(tokens),
+    )  # fmt: skip
 
 
 class Sampler:
@@ -40,6 +52,10 @@ class Sampler:
         prompt_ids = PromptStream(NUM_PROMPTS, seed=0).ids(span)
         await asyncio.sleep(0.3 if SLOW in prompt_ids else 0.0)
         return {"prompts": prompt_ids, "step": step, "version": self.version, "rank": self.rank}
+
+    async def batch(self, span, *, step):
+        prompt_ids = PromptStream(NUM_PROMPTS, seed=0).ids(span)
+        return collate([rollout_of(prompt_id, step=step) for prompt_id in prompt_ids], pad_token_id=0)
 
     async def generate(self, prompts, *, num_samples, temperature, max_new_tokens, step):
         await asyncio.sleep(0.5 if (self.rank, step) == (0, 1) else 0.01)
@@ -136,6 +152,22 @@ def test_a_step_that_begins_again_has_the_same_responses(make, settings, score):
     batches.put_back(score=score)
     shards += train(batches, range(3, STEPS))
     assert sorted(prompts_of(shards)) == sorted(expected_prompts())
+
+
+def test_a_shard_of_many_engines_holds_what_they_sampled_in_the_order_of_the_prompts(make):
+    """Eight engines are planned, two are there: four shards of two pieces."""
+    batches = make("rollout.num_actors=8", "prompts_per_step=12")
+    spans = PromptStream(NUM_PROMPTS, seed=0).take(12).split(4)
+    shards = ray.get(batches.roles.rollout.submit_joined(
+        Sampler.batch, [span.split(batches.config.pieces_per_shard) for span in spans],
+        tokens=[[1, 1]] * 4, join=concat, step=3,
+    ))  # fmt: skip
+    order = PromptStream(NUM_PROMPTS, seed=0)
+    for shard, span in zip(shards, spans, strict=True):
+        prompt_ids = order.ids(span)
+        assert shard.prompt_ids.tolist() == prompt_ids
+        whole = collate([rollout_of(prompt_id, step=3) for prompt_id in prompt_ids], pad_token_id=0)
+        assert all(torch.equal(getattr(shard, name), getattr(whole, name)) for name in ("sequences", "rollout_logprobs"))
 
 
 @pytest.mark.scorecard("R19", partly=True)

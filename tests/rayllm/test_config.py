@@ -236,7 +236,7 @@ def test_learning_rate_schedules_by_hand():
         (["rollout.num_actors=2", "rollout.min_engines=3"], "rollout.min_engines=3 is more than the rollout.num_actors=2"),
         (["rollout.num_actors=4", "rollout.max_engines=3"], "rollout.max_engines=3 is less than rollout.num_actors=4"),
         (["rollout.max_engines=2", "rollout.weight_transfer=broadcast"], "rollout.max_engines=2 .* rollout.weight_transfer=broadcast"),
-        (["rollout.max_engines=5", "prompts_per_step=96"], r"96 does not divide into 5 shards \(.*, rollout.max_engines=5\)"),
+        (["rollout.max_engines=5", "prompts_per_step=98"], r"98 does not divide into 4 shards \(.*, rollout.max_engines=5\)"),
     ],
 )
 def test_the_fleet_stays_within_its_bounds(overrides, message):
@@ -244,16 +244,26 @@ def test_the_fleet_stays_within_its_bounds(overrides, message):
         ppo(*overrides)
 
 
-def test_a_step_has_shards_for_all_engines_that_may_come():
-    assert ppo("rollout.num_actors=1", "rollout.max_engines=8").config.num_shards == 8
+def test_a_step_has_pieces_for_all_engines_that_may_come():
+    config = ppo("rollout.num_actors=1", "rollout.max_engines=8").config
+    assert (config.num_shards, config.pieces_per_shard) == (4, 2)
+
+
+def test_where_the_tail_is_cut_each_engine_has_shards_of_its_own():
+    """The late ones are taken a step later: as few as come late."""
+    config = ppo("rollout.num_actors=8", "max_policy_lag=1", "rollout.cut_tail=true").config
+    assert (config.num_shards, config.pieces_per_shard) == (8, 1)
 
 
 @pytest.mark.parametrize(
-    ("policy", "critic", "rollout", "shards"), [(1, 1, 1, 2), (2, 1, 1, 2), (2, 2, 3, 4), (2, 3, 1, 6), (1, 1, 3, 3)]
-)
-def test_shards_divide_over_learner_ranks_and_feed_every_rollout_actor(policy, critic, rollout, shards):
+    ("policy", "critic", "rollout", "shards", "pieces"),
+    [(1, 1, 1, 2, 1), (2, 1, 1, 2, 1), (2, 2, 3, 4, 3), (2, 3, 1, 6, 1), (1, 1, 3, 3, 1),
+     (1, 1, 16, 4, 4), (2, 1, 12, 8, 3), (8, 8, 8, 8, 1), (1, 1, 6, 4, 3)],
+)  # fmt: skip
+def test_shards_divide_over_learner_ranks_and_their_pieces_over_rollout_actors(policy, critic, rollout, shards, pieces):
     config = ppo(f"policy.num_actors={policy}", f"critic.num_actors={critic}", f"rollout.num_actors={rollout}").config
-    assert config.num_shards == shards
+    assert (config.num_shards, config.pieces_per_shard) == (shards, pieces)
+    assert shards * pieces % rollout == 0
 
 
 @pytest.mark.parametrize("text", ["42", "yes", "Answer: yes", "[a", "1e-3"])

@@ -273,7 +273,7 @@ def test_experience_checks_shapes_by_field_name():
 
 
 def test_an_experience_is_pickled_as_arrays_and_comes_back_writable():
-    batch = collate([rollout(0, [1, 2], [3])], pad_token_id=0).replace(values=torch.tensor([[0.0, 1.5, -2.0]]))
+    batch = collate([rollout(0, [1, 2], [3])], pad_token_id=0).replace(values=torch.tensor([[0.5, 1.5, -2.0]]))
     buffers: list[pickle.PickleBuffer] = []
     header = pickle.dumps(batch, protocol=5, buffer_callback=buffers.append)
     read_only = [memoryview(bytes(buffer)) for buffer in buffers]
@@ -283,7 +283,31 @@ def test_an_experience_is_pickled_as_arrays_and_comes_back_writable():
         tensor, expected = getattr(back, field.name), getattr(batch, field.name)
         assert tensor is expected is None or (torch.equal(tensor, expected) and tensor.dtype == expected.dtype)
     back.values.add_(1)  # an array out of Ray's store would end the process here
-    assert back.values.tolist() == [[1.0, 2.5, -1.0]]
+    assert back.values.tolist() == [[1.5, 2.5, -1.0]]
+
+
+def test_an_experience_travels_small_and_as_it_was():
+    """A ragged batch with turns of an environment, of which every 3rd row was dropped."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for row in range(9):
+        lengths = [int(n) for n in torch.randint(1, 9, (4,), generator=generator)]
+        parts = [(list(range(n)), place % 2 == 0) for place, n in enumerate(lengths[:3])]
+        rows.append(conversation(list(range(lengths[3])), parts, [0.25 * row, -1.0]))
+    batch = collate(rows, pad_token_id=7)
+    mask = batch.action_mask & (torch.arange(9) % 3 != 0)[:, None]
+    noise = torch.randn(batch.sequences.shape, generator=generator)
+    rollout_stage = {name: getattr(batch, name) * mask for name in ("policy_versions", "turn_rewards")}
+    batch = batch.replace(
+        action_mask=mask, **rollout_stage, rollout_logprobs=noise * mask, advantages=noise * mask, returns=noise * mask,
+        logprobs=noise, ref_logprobs=noise, values=noise, rewards=torch.arange(9.0),
+    )
+    back = pickle.loads(pickle.dumps(batch, protocol=5))
+    for field in dataclasses.fields(batch):
+        tensor, expected = getattr(back, field.name), getattr(batch, field.name)
+        assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype, field.name
+    long = collate([rollout(0, [1] * 32, [2] * 64)] * 64, pad_token_id=0)
+    assert len(pickle.dumps(long, protocol=5)) < 11 * 64 * 96  # bytes a token; 18 as it lies
 
 
 def test_concat_pads_and_selecting_gives_the_parts_back():

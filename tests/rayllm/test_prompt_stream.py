@@ -27,15 +27,15 @@ def test_it_continues_from_its_position():
     assert [resumed.take(3), resumed.take(5)] == [stream.take(3), stream.take(5)]
 
 
-def test_a_span_is_split_into_equal_parts_that_hold_its_prompts_in_order():
+def test_a_span_is_split_into_parts_that_hold_its_prompts_in_order():
     stream = PromptStream(12, seed=1)
     stream.take(2)
     span = stream.take(6)
     parts = span.split(3)
     assert parts == [PromptSpan(0, 2, 2), PromptSpan(0, 4, 2), PromptSpan(0, 6, 2)]
     assert [i for part in parts for i in stream.ids(part)] == stream.ids(span)
-    with pytest.raises(ValueError, match="6 prompts do not divide into 4 parts"):
-        span.split(4)
+    assert span.split(4) == [PromptSpan(0, 2, 1), PromptSpan(0, 3, 2), PromptSpan(0, 5, 1), PromptSpan(0, 6, 2)]
+    assert [part.count for part in span.split(8)] == [1] * 6
 
 
 @pytest.mark.scorecard("R46")
