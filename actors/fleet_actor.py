@@ -59,6 +59,8 @@ class FleetActor(Supervisor[Engine]):
     def __init__(self, blueprint: Blueprint, size: Size, deadlines: Deadlines) -> None:
         super().__init__(Engine, blueprint, size, deadlines)
         self._sync: Call | None = None
+        self._announced = asyncio.Event()
+        """Set, and replaced, when there is another sync to make."""
         self._publishing = False
         self._sync_failed: Exception | None = None
         """What kept an engine from making the newest sync; until `begin_again` it ends the run."""
@@ -97,7 +99,7 @@ class FleetActor(Supervisor[Engine]):
             await asyncio.to_thread(ray.wait, [piece], fetch_local=False)
         lost: list[str] = []
         while len(lost) < MAX_LOSSES:
-            await self._unless_failed(lambda: bool(self._in(State.READY)))
+            await self._unless_failed(lambda: any(e.state is State.READY for e in self._members.values()))
             engine = min(self._in(State.READY), key=lambda e: e.tokens)
             engine.tokens += tokens
             engine.pieces += 1
@@ -136,8 +138,15 @@ class FleetActor(Supervisor[Engine]):
         serving, self._again = self._in(State.READY, State.SUSPECT) if known else self._up(), False
         for engine in self._members.values():
             engine.health.behind()
-        self._changed()
-        await self._unless_failed(lambda: not any(engine.state is State.SYNCING for engine in serving))
+        announced, self._announced = self._announced, asyncio.Event()
+        announced.set()
+
+        def made() -> bool:
+            while serving and serving[-1].state is not State.SYNCING:
+                serving.pop()
+            return not serving
+
+        await self._unless_failed(made)
         return len(self._in(State.READY))
 
     async def begin_again(self) -> None:
@@ -176,8 +185,12 @@ class FleetActor(Supervisor[Engine]):
             engine.health.started()
             self._changed()
             while True:
-                await self._until(lambda made=done: not self._publishing and self._sync is not made)  # type: ignore[misc]
-                done = await self._synced(engine) or done
+                while self._publishing or self._sync is done:
+                    await self._announced.wait()
+                try:
+                    done = await self._synced(engine) or done
+                finally:
+                    self._changed()
         except Lost:
             if engine.could_not_start and not self._served:
                 raise RuntimeError(f"an engine could not start: {engine.could_not_start}") from None
@@ -200,7 +213,6 @@ class FleetActor(Supervisor[Engine]):
                 return sync
         finally:
             engine.reading = False
-            self._changed()
         if not self._is_newest(sync):
             return None
         if not engine.proved and engine.number >= self._size.start:
@@ -208,7 +220,6 @@ class FleetActor(Supervisor[Engine]):
         engine.proved = True
         engine.health.synced()
         self._served = True
-        self._changed()
         return sync
 
     async def _unless_failed(self, condition: Callable[[], bool]) -> None:

@@ -2,13 +2,16 @@
 
     python -m bench.overhead --json OUT
 
-For 1, 4 and 16 rollout actors and 64 to 4,096 sequences a step: wall and driver CPU milliseconds of a step, and the
-bytes that the driver handles in one: pickled arguments of its calls and pickled results that it fetches.
+For 1 to 16 rollout actors, 1 to 4 ranks of each learner and 64 to 4,096 sequences a step: wall milliseconds of a step,
+CPU milliseconds of the driver and of the fleet's process, and the bytes that the driver handles in one: pickled
+arguments of its calls and pickled results that it fetches. What 64 to 1,024 engines would cost is counted: the fleet's
+own code, run here over engines without processes, and for each call what Ray's part of it costs with 16 real ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import io
 import os
 import pickle
@@ -19,17 +22,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from actors.fleet import PROBE_TOKENS, RolloutFleet
+from actors.fleet_actor import FleetActor
 from actors.group import ActorGroup, Role
 from actors.health import Deadlines
 from actors.member import Call
 from actors.supervisor import Blueprint, Size
-from bench.fakes import FakeModelActor, FakeRolloutActor
+from bench.fakes import FakeModelActor, FakeRolloutActor, shard_of
 from bench.figures import circumstances, console, spread, written
 from bench.workload import PROMPT_TOKENS, settings
 from jobs.ppo import train
@@ -40,15 +45,19 @@ from jobs.ppo_watch import Controls, Watch
 from jobs.session import ray_session
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
+from rayllm.data.experience import Experience, concat
 from rayllm.data.prompts import PromptData
 from rayllm.lineage import write_json
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress
 
-NUM_ACTORS, NUM_SEQUENCES = (1, 4, 16), (64, 512, 4096)
+NUM_ACTORS, NUM_SEQUENCES = ((1, 1), (2, 2), (4, 4), (16, 1)), (64, 1024, 4096)
+"""Rollout actors and ranks of each learner."""
+
+NUM_SIMULATED, SEQUENCES_EACH = (64, 256, 1024), 64
 COLD, REPEATS = 3, 10
 CPUS = 0.01
-ROLES = ("policy", "critic", "reference", "reward")
+LEARNERS, SCORERS = ("policy", "critic"), ("reference", "reward")
 
 
 class _Pickler(pickle.Pickler):
@@ -126,14 +135,17 @@ class Meter(Watch):
     def __init__(self, traffic: Traffic, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.traffic = traffic
-        self.clocks: list[tuple[float, float]] = []
+        self.clocks: list[tuple[float, float, float]] = []
         self.received = 0
 
     def after(self, step: int, metrics: dict[str, float]) -> None:
         super().after(step, metrics)
         if self.traffic.counting:
             self.received = self.traffic.stop()
-        self.clocks.append((time.perf_counter(), time.process_time()))
+            processes = psutil.Process().children(recursive=True)
+            (self._fleet,) = [p for p in processes if p.cmdline() and p.cmdline()[0].startswith("ray::FleetActor")]
+        used = self._fleet.cpu_times()
+        self.clocks.append((time.perf_counter(), time.process_time(), used.user + used.system))
 
 
 def measure_one(
@@ -142,11 +154,12 @@ def measure_one(
     """One run of the loop; ``groups`` by role."""
     num_actors = fleet.role.num_actors
     num_steps = COLD + REPEATS
-    folder = work / f"{num_actors}-{num_sequences}"
+    ranks = len(groups["policy"])
+    folder = work / f"{num_actors}-{ranks}-{num_sequences}"
     paths = {"run_dir": folder, **{key: work / "input" for key in ("model", "reward_model", "prompts")}}
     tree = settings("ppo", num_steps=num_steps, **paths)
     tree |= {"prompts_per_step": num_sequences, "rollout": {**tree["rollout"], "num_actors": num_actors}}
-    tree |= {name: {**tree[name], "num_actors": len(groups[name])} for name in ROLES}
+    tree |= {name: {**tree[name], "num_actors": len(group)} for name, group in groups.items()}
     path = work / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     loaded = load_config(PPOConfig, path, [])
@@ -168,8 +181,9 @@ def measure_one(
     clocks = watch.clocks[COLD - 1 :]
     wall, cpu = ([1e3 * (b[i] - a[i]) for a, b in zip(clocks[:-1], clocks[1:], strict=True)] for i in (0, 1))
     return {
-        "rollout_actors": num_actors, "sequences": num_sequences, "shards": loaded.config.num_shards,
+        "rollout_actors": num_actors, "ranks": ranks, "sequences": num_sequences, "shards": loaded.config.num_shards,
         "wall_ms": spread(wall), "driver_cpu_ms": spread(cpu), "calls": traffic.calls,
+        "fleet_cpu_ms": 1e3 * (clocks[-1][2] - clocks[0][2]) / len(wall),  # the kernel counts in 10 ms
         "sent_bytes": traffic.sent, "received_bytes": watch.received,
     }  # fmt: skip
 
@@ -180,36 +194,102 @@ def measure() -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="bench-overhead-") as folder, ray_session(None):
         work = Path(folder)
         (work / "input").write_text("stands for every model and data set: nothing reads it")
-        others = {
-            name: CountingGroup(Role(name, 1, CPUS, 0), FakeModelActor, lambda rank: {})
-            for name in ("policy", "critic", "reference", "reward")
-        }
-        for num_actors in NUM_ACTORS:
+        scorers = _start(SCORERS, 1)
+        for num_actors, ranks in NUM_ACTORS:
+            learners = _start(LEARNERS, ranks)
             engines = Blueprint(Role("rollout", num_actors, CPUS, 0), FakeRolloutActor, lambda number: {})
             fleet = CountingFleet(engines, Size(num_actors, 1, num_actors, 0, 0.0), Deadlines(60.0, 60.0))
-            rows += [measure_one(work, others, fleet, num_sequences) for num_sequences in NUM_SEQUENCES]
-            fleet.stop()
+            rows += [measure_one(work, learners | scorers, fleet, num_sequences) for num_sequences in NUM_SEQUENCES]
+            for group in (*learners.values(), fleet):
+                group.stop()
     return rows
 
 
+def _start(roles: tuple[str, ...], ranks: int) -> dict[str, CountingGroup]:
+    return {name: CountingGroup(Role(name, ranks, CPUS, 0), FakeModelActor, lambda rank: {}) for name in roles}
+
+
+class _Engine:
+    """Stands for the handle of an engine: every call is answered when it is made."""
+
+    def __getattr__(self, method: str) -> _Engine:
+        return self
+
+    def remote(self, *arguments: Any, **settings: Any) -> Any:
+        answer = asyncio.get_running_loop().create_future()
+        answer.set_result(SHARD)
+        return answer
+
+
+SHARD = shard_of(SEQUENCES_EACH)
+
+
+async def simulate(num_engines: int) -> list[float]:
+    """Milliseconds of the fleet's own code in each step, one call of an engine after the other."""
+    blueprint = Blueprint(Role("rollout", num_engines, CPUS, 0), FakeRolloutActor, lambda number: {})
+    fleet = FleetActor(blueprint, Size(num_engines, 1, num_engines, 0, 0.0), Deadlines(60.0, 60.0))
+    await fleet.adopt([_Engine() for _ in range(num_engines)])
+    found = []
+    for step in range(COLD + REPEATS):
+        began = time.perf_counter()
+        await fleet.sync(Call("sync"))
+        pieces = num_engines // 4
+        shards = [fleet.work("experience", range(pieces), [1] * pieces, concat, {"step": step}) for _ in range(4)]
+        joined: list[Experience] = await asyncio.gather(*shards)
+        found.append(1e3 * (time.perf_counter() - began))
+        assert sum(map(len, joined)) == num_engines * SEQUENCES_EACH
+    return found[COLD:]
+
+
+def simulated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What steps with many more engines than there are here would cost the fleet."""
+    largest = max(rows, key=lambda row: (row["rollout_actors"], row["sequences"] == NUM_SEQUENCES[1]))
+    engines = largest["rollout_actors"]
+    own = spread(asyncio.run(simulate(engines)))["median"]
+    per_engine = (largest["fleet_cpu_ms"] - own) / engines
+    return [
+        {"engines": count, "own_ms": spread(asyncio.run(simulate(count))), "ray_ms": per_engine * count,
+         "driver_calls": largest["calls"], "driver_cpu_ms": largest["driver_cpu_ms"]["median"]}
+        for count in NUM_SIMULATED
+    ]  # fmt: skip
+
+
+COLUMNS = {
+    "rollout_actors": "rollout actors", "ranks": "learner ranks", "sequences": "sequences", "shards": "shards",
+    "wall_ms": "step, ms", "driver_cpu_ms": "driver CPU, ms", "fleet_cpu_ms": "fleet CPU, ms", "calls": "calls",
+    "sent_bytes": "bytes sent", "received_bytes": "bytes got",
+}  # fmt: skip
+SIMULATED_COLUMNS = {
+    "engines": "engines", "own_ms": "fleet's own code, ms", "ray_ms": "Ray's part of its calls, CPU ms",
+    "driver_calls": "driver's calls", "driver_cpu_ms": "driver CPU, ms",
+}  # fmt: skip
+
+
+def cells(row: dict[str, Any], columns: dict[str, str]) -> list[str]:
+    """As written in a table."""
+    values = [row[name] for name in columns]
+    return [written(v, 1) if isinstance(v, dict) else f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" for v in values]
+
+
 def show(result: dict[str, Any], to: Console) -> None:
-    """Print the figures as a table."""
-    table = Table(title="the loop over actors that answer at once", title_justify="left")
-    for column in ("rollout actors", "sequences", "shards", "step, ms", "driver CPU, ms", "calls", "bytes sent", "got"):
-        table.add_column(column, justify="right")
-    for row in result["rows"]:
-        sizes = (row["rollout_actors"], row["sequences"], row["shards"])
-        traffic = (row["calls"], row["sent_bytes"], row["received_bytes"])
-        times = (written(row["wall_ms"], 1), written(row["driver_cpu_ms"], 1))
-        table.add_row(*(f"{n:,}" for n in sizes), *times, *(f"{n:,}" for n in traffic))
-    to.print(table)
+    """Print the figures as tables."""
+    both = (("the loop over actors that answer at once", COLUMNS, "rows"),
+            ("the fleet over engines that are not there", SIMULATED_COLUMNS, "simulated"))  # fmt: skip
+    for title, columns, name in both:
+        table = Table(title=title, title_justify="left")
+        for column in columns.values():
+            table.add_column(column, justify="right")
+        for row in result[name]:
+            table.add_row(*cells(row, columns))
+        to.print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
-    result = {"bench": "overhead", **circumstances(), "rows": measure()}
+    rows = measure()
+    result = {"bench": "overhead", **circumstances(), "rows": rows, "simulated": simulated(rows)}
     write_json(given.json, result)
     show(result, console())
 
