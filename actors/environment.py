@@ -14,6 +14,10 @@ CPU_ENV = {
     "OMP_NUM_THREADS": "1",  # two OpenMP threads on two busy cores were 6 times slower than one
     "OMP_WAIT_POLICY": "PASSIVE",
     "DS_ACCELERATOR": "cpu",
+    # What a step frees the next one takes again: by itself glibc gives it back, and gets it zeroed page by page.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "TORCHDYNAMO_DISABLE": "1",  # DeepSpeed's import and vLLM's sampler compile: seconds, for nothing on CPU
 }
 
