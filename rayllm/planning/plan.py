@@ -63,7 +63,8 @@ class Plan:
 
     @property
     def gpus(self) -> float:
-        return sum(bundle.gpus for bundle in bundles_of([(role.spec, role.memory) for role in self.roles]))
+        kinds = bundles_of([(role.spec, role.memory) for role in self.roles])
+        return sum(bundle.gpus * count for bundle, count in kinds.items())
 
     @property
     def cost_per_thousand_steps(self) -> float | None:
@@ -180,7 +181,7 @@ def place(roles: Sequence[PlannedRole], cluster: ClusterConfig) -> tuple[list[fl
     used = [memory.CPU_DRIVER] + [0.0] * (cluster.nodes - 1)
     gpus, cpus = [float(cluster.gpus_per_node)] * cluster.nodes, [cluster.cpus_per_node] * cluster.nodes
     left: dict[str, int] = {}
-    kinds = Counter(bundles_of([(role.spec, role.memory) for role in roles]))
+    kinds = bundles_of([(role.spec, role.memory) for role in roles])
     for bundle, rest in sorted(kinds.items(), key=lambda item: -item[0].gpus):
         for node in range(cluster.nodes):
             if not rest:
@@ -204,9 +205,11 @@ def _capacity(roles: Sequence[PlannedRole], cluster: ClusterConfig, left: dict[s
     found = []
     bundles = bundles_of([(role.spec, role.memory) for role in roles])
     for unit, each, name in (("gpus", cluster.gpus_per_node, "GPUs"), ("cpus", cluster.cpus_per_node, "CPUs")):
-        need = sum(getattr(bundle, unit) for bundle in bundles)
+        kinds: Counter[tuple[tuple[str, ...], float]] = Counter()
+        for bundle, count in bundles.items():
+            kinds[bundle.names, getattr(bundle, unit)] += count
+        need = sum(amount * count for (_, amount), count in kinds.items())
         if need > cluster.nodes * each + 1e-6:
-            kinds = Counter((b.names, getattr(b, unit)) for b in bundles)
             listed = " + ".join(f"{' with '.join(names)} {n} x {amount:g}" for (names, amount), n in kinds.items())
             found.append(f"the roles need {need:g} {name} ({listed}), the cluster has {cluster.nodes * each:g}")
     if left and not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,26 +21,26 @@ class Bundle:
     """Bytes of host memory; of a process without a GPU all that it takes."""
 
 
-def bundles_of(found: Sequence[tuple[RoleSpec, Memory]]) -> list[Bundle]:
-    """Of all roles. Of a share, rank i of each role is in bundle i."""
-    bundles = []
+def bundles_of(found: Sequence[tuple[RoleSpec, Memory]]) -> Counter[Bundle]:
+    """Of all roles, how many of each kind. Of a share, rank i of each role is in bundle i."""
+    bundles: Counter[Bundle] = Counter()
     for share in dict.fromkeys(spec.share or (spec.name,) for spec, _ in found):
         members = [(spec, memory) for spec, memory in found if spec.name in share]
         on_gpu = [spec for spec, _ in members if spec.gpus]
         count = max(spec.num_actors for spec in on_gpu or [spec for spec, _ in members])
-        for index in range(count):
+        ends = sorted({spec.num_actors % count for spec, _ in members} | {count})  # between two of them all are alike
+        for index, end in zip([0, *ends], ends, strict=False):
             ranks = [(spec, memory, len(range(index, spec.num_actors, count))) for spec, memory in members]
             here = [(spec, memory, n) for spec, memory, n in ranks if n]
             gpus = [spec.gpus for spec, _, _ in here if spec.gpus]
-            bundles.append(
-                Bundle(
-                    names=tuple(spec.name for spec, _, _ in here),
-                    cpus=sum(n * spec.cpus for spec, _, n in here),
-                    gpus=1.0 if len(on_gpu) > 1 and gpus else sum(gpus),
-                    host=sum(n * (memory.host if spec.gpus else memory.peak) for spec, memory, n in here),
-                )
+            bundle = Bundle(
+                names=tuple(spec.name for spec, _, _ in here),
+                cpus=sum(n * spec.cpus for spec, _, n in here),
+                gpus=1.0 if len(on_gpu) > 1 and gpus else sum(gpus),
+                host=sum(n * (memory.host if spec.gpus else memory.peak) for spec, memory, n in here),
             )
-    return bundles
+            bundles[bundle] += end - index
+    return +bundles
 
 
 def held_by_others(spec: RoleSpec, found: Sequence[tuple[RoleSpec, Memory]]) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 
 import pytest
 
@@ -15,9 +16,12 @@ from rayllm.planning.advice import blocked, nearest_fit
 from rayllm.planning.balance import best_split, splits
 from rayllm.planning.changes import is_valid, with_changes
 from rayllm.planning.hardware import GIB, GPUS
+from rayllm.planning.memory import Memory
 from rayllm.planning.moves import cheapest
 from rayllm.planning.plan import Plan, load_job, machine_of, make_plan, place
+from rayllm.planning.roles import RoleSpec
 from rayllm.planning.shapes import KNOWN
+from rayllm.planning.sharing import Bundle, bundles_of
 from tests.conftest import ROOT
 
 LEARNER = {"gpus_per_actor": 1, "micro_batch_size": 4, "learner": {"dtype": "bfloat16"}}
@@ -348,3 +352,21 @@ def test_pairs_take_fewer_gpus_and_hold_both_models():
     assert "the roles need 3 GPUs (policy with reference 1 x 1 + critic with reward 1 x 1 + rollout 1 x 1)" in " ".join(
         small.problems
     )
+
+
+@pytest.mark.parametrize("counts", [(4, 4, 4), (7, 3, 5), (1, 8, 6), (6, 1, 12)])
+def test_bundles_are_counted_as_if_each_was_made_by_itself(counts):
+    """Of policy and critic, which share GPUs, rank i of each is in bundle i; a reward function has its own."""
+    names = ("policy", "critic", "reward")
+    found = [
+        (RoleSpec(name=name, section=name, kind="plain", shape=None, num_actors=count, cpus=cpus, gpus=gpus,
+                  share=names[:2] if gpus else ()), Memory(weights=0.0, runtime=8.0 * cpus, moment="always"))
+        for name, count, cpus, gpus in zip(names, counts, (1.0, 2.0, 4.0), (1.0, 1.0, 0.0), strict=True)
+    ]  # fmt: skip
+    expected: Counter = Counter()
+    for rank in range(max(counts[:2])):
+        here = [spec for (spec, _), count in zip(found[:2], counts[:2], strict=True) if rank < count]
+        host = sum(memory.host for spec, memory in found if spec in here)
+        expected[Bundle(tuple(spec.name for spec in here), sum(spec.cpus for spec in here), 1.0, host)] += 1
+    expected[Bundle(("reward",), 4.0, 0, 32.0)] += counts[2]
+    assert bundles_of(found) == expected
