@@ -141,7 +141,7 @@ class FleetActor(Supervisor[Engine]):
         announced, self._announced = self._announced, asyncio.Event()
         announced.set()
 
-        def made() -> bool:
+        def made() -> bool:  # asked after every engine: each is looked at once
             while serving and serving[-1].state is not State.SYNCING:
                 serving.pop()
             return not serving

@@ -212,23 +212,23 @@ def _start(roles: tuple[str, ...], ranks: int) -> dict[str, CountingGroup]:
 class _Engine:
     """Stands for the handle of an engine: every call is answered when it is made."""
 
+    def __init__(self, shard: Experience) -> None:
+        self._shard = shard
+
     def __getattr__(self, method: str) -> _Engine:
         return self
 
     def remote(self, *arguments: Any, **settings: Any) -> Any:
         answer = asyncio.get_running_loop().create_future()
-        answer.set_result(SHARD)
+        answer.set_result(self._shard)
         return answer
-
-
-SHARD = shard_of(SEQUENCES_EACH)
 
 
 async def simulate(num_engines: int) -> list[float]:
     """Milliseconds of the fleet's own code in each step, one call of an engine after the other."""
     blueprint = Blueprint(Role("rollout", num_engines, CPUS, 0), FakeRolloutActor, lambda number: {})
     fleet = FleetActor(blueprint, Size(num_engines, 1, num_engines, 0, 0.0), Deadlines(60.0, 60.0))
-    await fleet.adopt([_Engine() for _ in range(num_engines)])
+    await fleet.adopt([_Engine(shard_of(SEQUENCES_EACH))] * num_engines)
     found = []
     for step in range(COLD + REPEATS):
         began = time.perf_counter()

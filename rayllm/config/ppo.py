@@ -135,7 +135,9 @@ class PPOConfig(DataJobConfig):
         from math import lcm
 
         ranks = lcm(*self.learner_ranks.values())
-        wanted = max(2, self._engines) if self.rollout.cut_tail else min(max(2, self._engines), SHARDS_A_RANK * ranks)
+        wanted = max(2, self._engines)
+        if not self.rollout.cut_tail:
+            wanted = min(wanted, SHARDS_A_RANK * ranks)
         return ranks * -(-wanted // ranks)
 
     @property

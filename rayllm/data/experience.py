@@ -60,8 +60,8 @@ class Experience:
             raise ValueError("Experience.action_mask[:, 0] must be False: the first token has no predecessor")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As arrays, which pickle hands over as they lie, in about half of the bytes: masks in bits, and
-        of what is 0 beside the sampled tokens only theirs."""
+        """As arrays, which pickle hands over as they lie, in about half of the bytes: masks in bits, and of what is 0
+        beside the sampled tokens only theirs."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items() if tensor is not None}
         sampled = arrays["action_mask"]
@@ -96,8 +96,9 @@ class Experience:
 
 def _unpacked(shape: tuple[int, int], arrays: dict[str, np.ndarray]) -> Experience:
     """Copies: an array out of Ray's store is read-only, which tensors do not know."""
-    found = {name: array.copy() for name, array in arrays.items() if name not in (*OF_SAMPLED, *MASKS)}
-    found["sequences"] = found["sequences"].astype(np.int64)
+    packed = ("sequences", *MASKS, *OF_SAMPLED)
+    found = {name: array.copy() for name, array in arrays.items() if name not in packed}
+    found["sequences"] = arrays["sequences"].astype(np.int64)
     for name in MASKS:
         found[name] = np.unpackbits(arrays[name], count=shape[0] * shape[1]).view(bool).reshape(shape)
     sampled = found["action_mask"]
