@@ -309,21 +309,6 @@ def make_engine(model_dir: str, *, stop_token_ids: list[int], overrides: dict[st
     return SteppedEngine(model_dir, stop_token_ids=stop_token_ids, overrides=overrides)
 
 
-def retie(model: torch.nn.Module) -> None:
-    """Give a tied output head what was packed of the embedding. On CPU only; elsewhere it finds nothing to do.
-
-    On CPU vLLM packs each linear layer, and the embedding, into a oneDNN handle. A reload rebuilds the handles of the
-    layers that it loads, but a tied head loads nothing itself and would go on with the old weights.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-    packed = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding) and hasattr(m, "cpu_linear")]
-    for head in packed:
-        for embedding in packed:
-            if isinstance(head, ParallelLMHead) and embedding is not head and embedding.weight is head.weight:
-                head.cpu_linear = embedding.cpu_linear
-
-
 def _version(name: str) -> int:
     return 0 if name == UNCHANGED else int(name)
 

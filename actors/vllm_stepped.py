@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,10 +27,10 @@ from actors.vllm_engine import (
     FIXED_ARGS,
     ResultT,
     VllmEngine,
-    retie,
     set_environment,
     stopped,
 )
+from actors.vllm_reload import renew, renewable, retie
 from actors.weight_group import Seat, WeightGroup
 
 
@@ -63,6 +63,7 @@ class SteppedEngine(VllmEngine):
         self._lock = threading.Lock()  # of _error and _open, against a command queued while the thread dies
         self._calls: dict[str, tuple[_Call, int]] = {}  # by request id: the call and the place in it
         self._count = 0
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="vllm-packs", initializer=set_environment)
         self._thread = threading.Thread(target=self._run, name="vllm-steps", daemon=True)
         self._thread.start()
 
@@ -74,6 +75,7 @@ class SteppedEngine(VllmEngine):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self._llm = LLMEngine.from_engine_args(EngineArgs(**args))
+        self._renewable = all(self._llm.apply_model(renewable))
         return self._llm.vllm_config
 
     async def _ask(
@@ -185,8 +187,11 @@ class SteppedEngine(VllmEngine):
             self._llm.wake_up(["weights"])
         elif not keep_cache:
             self._llm.reset_prefix_cache(reset_running_requests=True)
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
-        self._llm.apply_model(retie)
+        if self._renewable:
+            self._llm.apply_model(lambda model: renew(model, named, self._helper))
+        else:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
+            self._llm.apply_model(retie)
         self._llm.set_weight_version(str(version))
         if self.asleep:
             self._llm.wake_up(["kv_cache"])
@@ -197,6 +202,7 @@ class SteppedEngine(VllmEngine):
     def _stop(self, future: Future) -> None:
         self._fail(RuntimeError("it was shut down"), but=future)
         self._llm.engine_core.shutdown()
+        self._helper.shutdown()
         future.set_result(None)
 
     def _fail(self, error: BaseException, *, but: Future | None = None) -> None:

@@ -132,18 +132,17 @@ def pack(
         if name in entries:
             raise ValueError(f"weights: {name} comes twice")
         tensor = tensor.detach()
-        if dtype is not None and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
-            raise RuntimeError(f"weights of version {version} are not handed out: {name} holds NaN or infinity")
-        data = bytes_of(tensor)
+        kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         start = end + -end % ALIGNMENT
-        dtype_name = str(tensor.dtype).removeprefix("torch.")
-        entries[name] = Entry(name, dtype_name, tuple(tensor.shape), start, data.nbytes)
-        memory.reserve(start + data.nbytes)
+        nbytes = tensor.numel() * kept.itemsize
+        entries[name] = Entry(name, str(kept).removeprefix("torch."), tuple(tensor.shape), start, nbytes)
+        memory.reserve(start + nbytes)
         memory.array[end:start] = 0
-        end = start + data.nbytes
-        memory.array[start:end] = data
+        end = start + nbytes
+        place = torch.from_numpy(memory.array[start:end]).view(kept).view(tensor.shape)
+        place.copy_(tensor)  # and casts, without a copy between
+        if nbytes and kept.is_floating_point and not all(map(torch.isfinite, torch.aminmax(place))):
+            raise RuntimeError(f"weights of version {version} are not handed out: {name} holds NaN or infinity")
     buffer = memory.array[:end]
     return WeightBundle(
         buffer=buffer,

@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 HOMES = {
     "deepspeed": {"rayllm/models/engine.py"},
-    "vllm": {"actors/vllm_engine.py", "actors/vllm_stepped.py", "actors/vllm_async.py", "actors/serving.py"},
+    "vllm": {
+        "actors/vllm_engine.py", "actors/vllm_stepped.py", "actors/vllm_async.py", "actors/vllm_reload.py", "actors/serving.py",
+    },  # fmt: skip
 }
 
 
