@@ -16,7 +16,7 @@ import torch
 
 def renewable(model: torch.nn.Module) -> bool:
     """Whether every weight is as in the checkpoint but for the linear layers and embeddings that vLLM packs on CPU: no
-    quantisation, adapters, experts, nor layers that keep something else of their weights."""
+    quantisation, adapters, experts, nor layers of another kind that make something of theirs."""
     from vllm.lora.layers import BaseLayerWithLoRA
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -38,27 +38,28 @@ def renewable(model: torch.nn.Module) -> bool:
 def renew(model: Any, named: Iterable[tuple[str, torch.Tensor]], helper: Executor) -> None:
     """Load checkpoint weights, all of them, into a `renewable` model; to be called between two steps.
 
-    VLLM's loader converts and fuses them. Until they are packed again, the linear layers lie in memory twice.
+    VLLM's loader converts and fuses them. A failure leaves a model that cannot serve.
 
     Args:
         helper: packs a part of them, for a learner that waits for its weights to serve leaves a core idle.
     """
-    from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
     from vllm.model_executor.model_loader.reload.meta import materialize_layer, restore_layer_on_meta
 
     layers: list[Any] = [module for module in model.modules() if getattr(module, "quant_method", None) is not None]
     for layer in layers:
-        if not layer.weight.numel():  # vLLM dropped it when it was packed
+        layer.cpu_linear = None  # frees what is packed of the old weights
+        if not layer.weight.numel():  # vLLM dropped it then
             info = get_layerwise_info(layer)
             restore_layer_on_meta(layer, info)
             materialize_layer(layer, info)
-            layer.weight.weight_loader = _get_original_loader(layer.weight)
     model.load_weights(named)
 
     tied: dict[int, list[Any]] = {}
     for layer in layers:
         tied.setdefault(id(layer.weight), []).append(layer)
-    to_pack = iter([first for first, *_ in tied.values()])  # both take the next
+    largest_first = sorted((first for first, *_ in tied.values()), key=lambda layer: -layer.weight.numel())
+    to_pack = iter(largest_first)  # both take the next
     helped = helper.submit(_pack, to_pack)
     _pack(to_pack)
     helped.result()

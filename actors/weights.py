@@ -140,8 +140,12 @@ def pack(
         memory.array[end:start] = 0
         end = start + nbytes
         place = torch.from_numpy(memory.array[start:end]).view(kept).view(tensor.shape)
-        place.copy_(tensor)  # and casts, without a copy between
-        if nbytes and kept.is_floating_point and not all(map(torch.isfinite, torch.aminmax(place))):
+        if tensor.device.type == "cpu":
+            tensor = place.copy_(tensor)  # which casts, without another copy between
+        else:
+            tensor = tensor.to(kept)  # there, for fewer bytes to fetch
+            place.copy_(tensor)
+        if nbytes and kept.is_floating_point and not all(map(torch.isfinite, torch.aminmax(tensor))):
             raise RuntimeError(f"weights of version {version} are not handed out: {name} holds NaN or infinity")
     buffer = memory.array[:end]
     return WeightBundle(

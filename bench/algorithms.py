@@ -43,19 +43,26 @@ RUNS: dict[str, tuple[str | None, tuple[str, ...]]] = {
 """Name -> preset, and settings over it."""
 
 
-def run(name: str, source: Path, target: Path) -> list[dict[str, float]]:
-    """Train, unless it is done; returns the metrics of every step."""
+def run(name: str, source: Path, folder: Path, *more: str) -> list[dict[str, float]]:
+    """Train, unless it is done; returns the metrics of every step.
+
+    Args:
+        name: in `RUNS`.
+        source: what ``make quickstart`` wrote.
+        folder: of the run.
+        more: settings over all others.
+    """
     preset, settings = RUNS[name]
     world = source / "world"
     arguments = [
-        f"run_dir={target / name}", f"model={source / 'sft/model'}", f"critic.model={source / 'reward_model/model'}",
+        f"run_dir={folder}", f"model={source / 'sft/model'}", f"critic.model={source / 'reward_model/model'}",
         f"prompts={world / 'prompts_train.parquet'}", f"eval.prompts={world / 'prompts_new.parquet'}",
         f"eval.documents={world / 'heldout_documents.parquet'}", *TOY,
-        *(setting.format(world=world) for setting in settings),
+        *(setting.format(world=world) for setting in settings), *more,
     ]  # fmt: skip
     command = [sys.executable, "-m", "jobs.ppo", "--config", f"jobs/configs/{preset}.yaml", *arguments]
     subprocess.run(command, check=True)
-    lines = (target / name / "events.jsonl").read_text().splitlines()
+    lines = (folder / "events.jsonl").read_text().splitlines()
     return [json.loads(line)["metrics"] | {"t": json.loads(line)["t"]} for line in lines]
 
 
@@ -77,7 +84,7 @@ def main(arguments: list[str]) -> int:
             "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     short = 0
     for name in arguments[2:] or RUNS:
-        events = run(name, source, target)
+        events = run(name, source, target / name)
         start, end = events[0], events[-1]
         way = (end["eval/gold"] - start["eval/gold"]) / (best - start["eval/gold"])
         short += way < 0.5
