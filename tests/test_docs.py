@@ -29,6 +29,7 @@ RUN_BY = {
     ".venv/bin/rayllm sft run_dir=runs/mine": ".ci/run",
     ".venv/bin/rayllm label labeler=reward-model": ".ci/run",
     ".venv/bin/python -m bench.algorithms runs/quickstart runs/algorithms": ".ci/run",
+    ".venv/bin/python -m bench.lag runs/quickstart runs/lag": ".ci/run",
     ".venv/bin/python -m bench.reward_models runs/quickstart runs/reward_models": ".ci/run",
     ".venv/bin/rayllm reward-report run_dir=runs/rm-report": ".ci/run",
     ".venv/bin/python -m bench.preferences runs/quickstart runs/preferences": ".ci/run",
