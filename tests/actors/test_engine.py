@@ -45,10 +45,23 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def ranks(local_ray):
-    port = free_port()
-    group = ActorGroup(Role("rank", 2, 0.5, 0), Rank, lambda rank: {"rank": rank, "port": port})
-    group.call(Rank.join)
-    yield lambda function, *args: group.call(Rank.run, function, *args)
+    def start() -> ActorGroup:
+        port = free_port()
+        group = ActorGroup(Role("rank", 2, 0.5, 0), Rank, lambda rank: {"rank": rank, "port": port})
+        group.call(Rank.join)
+        return group
+
+    def run(function, *args):
+        nonlocal group
+        try:
+            return group.call(Rank.run, function, *args)
+        except Exception:  # the other rank may wait for the one that failed, and for ever
+            group.stop()
+            group = start()
+            raise
+
+    group = start()
+    yield run
     group.stop()
 
 
