@@ -169,6 +169,11 @@ class RolloutFleet:
         from when it is done until the next `sync`."""
         return self._actor.readers.remote()
 
+    def served(self) -> ray.ObjectRef:
+        """Done when the engines that serve have made the `sync` that begins next: for what is not to take a core from
+        them before. Before the first one it is done at once."""
+        return self._actor.served.remote()
+
     def sync(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call ``method`` on every engine, and on later ones before they serve. An engine that makes no progress is
         not waited for, and serves no more until it has made the call."""

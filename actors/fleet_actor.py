@@ -62,6 +62,8 @@ class FleetActor(Supervisor[Engine]):
         self._announced = asyncio.Event()
         """Set, and replaced, when there is another sync to make."""
         self._publishing = False
+        self._over = asyncio.Event()
+        """Set, and replaced, when the next sync has been waited for, whatever came of it."""
         self._sync_failed: Exception | None = None
         """What kept an engine from making the newest sync; until `begin_again` it ends the run."""
         self._again = False
@@ -125,17 +127,30 @@ class FleetActor(Supervisor[Engine]):
         fits = [node for node in nodes if node["Alive"] and role.cpus <= node["Resources"].get("CPU", 0)]
         return sorted(node["NodeID"] for node in fits if role.gpus <= node["Resources"].get("GPU", 0))
 
+    async def served(self) -> None:
+        """Until the next `sync` is over; at once where its engines are to prove it before: what they wait for to do so
+        may wait for this."""
+        if self._known():
+            await self._over.wait()
+
     async def sync(self, call: Call) -> int:
         """Let every engine make the call, and every later one before it serves; returns how many serve. Does not wait
         for an engine that makes no progress: it serves no more until it has made the call. References among the call's
         arguments are waited for first: while the weights are written nobody is to wait for them in an engine."""
+        try:
+            return await self._make(call)
+        finally:
+            over, self._over = self._over, asyncio.Event()
+            over.set()
+
+    async def _make(self, call: Call) -> int:
         args = [await value if isinstance(value, ray.ObjectRef) else value for value in call.args]
         call = call._replace(args=tuple(args))
         if not self._served:
             await self.started()
         self._sync, self._publishing = call, False
-        known = self._served and not self._again
-        serving, self._again = self._in(State.READY, State.SUSPECT) if known else self._up(), False
+        serving = self._in(State.READY, State.SUSPECT) if self._known() else self._up()
+        self._again = False
         for engine in self._members.values():
             engine.health.behind()
         announced, self._announced = self._announced, asyncio.Event()
@@ -226,6 +241,10 @@ class FleetActor(Supervisor[Engine]):
         await self._until(lambda: self._sync_failed is not None or condition())
         if self._sync_failed is not None:
             raise self._sync_failed
+
+    def _known(self) -> bool:
+        """Whether a sync waits for those that served, which hand out nothing until they have proved it, and no other."""
+        return self._served and not self._again
 
     def _is_newest(self, sync: Call) -> bool:
         return self._sync is sync and not self._publishing

@@ -259,8 +259,12 @@ class PolicyActor(LearnerActor):
         return mean_nats(self.engine, rows, self.role.micro_batch_size, self.engine.device)
 
     @torch.no_grad()
-    def text_logprobs(self, token_ids: list[int]) -> list[float]:
-        """Nats of every token after the first, given those before it, at temperature 1; every rank must be called."""
+    def text_logprobs(self, token_ids: list[int], after: None = None) -> list[float]:
+        """Nats of every token after the first, given those before it, at temperature 1; every rank must be called.
+
+        Args:
+            after: a reference of what is to be done first.
+        """
         self.engine.train(False)
         sequences = torch.tensor([token_ids], device=self.engine.device)
         return token_logprobs(self.engine(input_ids=sequences).logits, sequences)[0, 1:].tolist()

@@ -86,7 +86,7 @@ class FakeModelActor:
     def publish_weights(self, version: int, *, dtype: str, nodes: list[str]) -> Published:
         return self.publisher.publish(WEIGHTS, version=version, nodes=nodes)
 
-    def text_logprobs(self, token_ids: list[int]) -> list[float]:
+    def text_logprobs(self, token_ids: list[int], after: None = None) -> list[float]:
         return [0.0] * (len(token_ids) - 1)
 
     def checkpoint_bytes(self) -> int:

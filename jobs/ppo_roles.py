@@ -212,7 +212,8 @@ class Roles:
             weights = sending[0]
         else:
             sending, weights = self.policy.submit(PolicyActor.send_weights, dtype=dtype), Sent(version)
-        expected = self.policy.submit(PolicyActor.text_logprobs, self.probe)[0]
+        # Not beside the loading, which uses two cores; while they prove it they sample already.
+        expected = self.policy.submit(PolicyActor.text_logprobs, self.probe, self.rollout.served())[0]
         loading = self.rollout.begin_sync(
             RolloutActor.sync,
             weights,

@@ -80,6 +80,9 @@ class FakeRollout:
     async def sync(self, weights: int, **settings: Any) -> int:
         while self._trouble("hangs-in-sync"):
             await asyncio.sleep(0.05)
+        while self._trouble("slow-in-sync"):
+            await asyncio.sleep(0.05)
+            count("loading")
         if self._trouble("stops-in-sync"):
             raise EngineStopped("the rollout engine stopped: broken on purpose")
         if (self.folder / "writer-is-gone").exists():

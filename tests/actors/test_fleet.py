@@ -262,6 +262,39 @@ def test_a_sync_whose_writer_died_is_forgotten_once_another_one_writes(healing):
     assert healing.finish(healing.begin()) == right(version=5)
 
 
+def test_who_waits_until_the_engines_serve_waits_for_a_whole_sync_whatever_comes_of_it(lab):
+    """But not for the first one, nor for one after `begin_again`: in these the engines may wait for whoever waits."""
+    two = lab()
+    ray.get(two.fleet.served())
+    two.fleet.sync(FakeRollout.sync, 7)
+    served = two.fleet.served()
+    two.fleet.sync(FakeRollout.sync, 8)
+    ray.get(served)
+    served = two.fleet.served()
+    assert not ray.wait([served], timeout=0.5)[0]
+    gone = two.folder / "writer-is-gone"
+    gone.touch()
+    with pytest.raises(RuntimeError, match="no such process wrote weights"):
+        two.fleet.sync(FakeRollout.sync, 9)
+    ray.get(served)
+    gone.unlink()
+    two.fleet.begin_again()
+    ray.get(two.fleet.served())
+
+
+def test_who_waits_until_the_engines_serve_does_not_begin_beside_their_loading(healing):
+    healing.fleet.sync(FakeRollout.sync, 7)
+    wait_for(lambda: len(healing.numbers(State.READY)) == 2)
+    slow = healing.folder / f"slow-in-sync-{min(healing.numbers(State.READY))}"
+    slow.touch()
+    served, loading = healing.fleet.served(), healing.fleet.begin_sync(FakeRollout.sync, 8)
+    assert not ray.wait([served], timeout=0.5)[0]
+    slow.unlink()
+    ray.get(served)
+    healing.fleet.end_sync(loading)
+    assert healing.finish(healing.begin()) == right(version=8)
+
+
 @pytest.mark.parametrize(("trouble", "reason"), [("hangs", "no progress for"), ("stops", "broken on purpose")])
 @pytest.mark.scorecard("R05", "R22")
 def test_the_learner_does_not_wait_for_an_engine_that_is_lost_in_a_sync(healing, trouble, reason):

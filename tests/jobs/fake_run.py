@@ -51,7 +51,7 @@ class FakeLearnerActor(FakeModelActor):
         self.weights = {name: tensor + 1e-3 for name, tensor in self.weights.items()}
         return self.publisher.publish(self.weights.items(), version=version, nodes=nodes)
 
-    def text_logprobs(self, token_ids: list[int]) -> list[float]:
+    def text_logprobs(self, token_ids: list[int], after: None = None) -> list[float]:
         digest = sum(float(tensor.abs().mean()) for tensor in self.weights.values())
         return [-math.log(self.vocab_size) + digest] * (len(token_ids) - 1)
 
