@@ -27,8 +27,8 @@ from rayllm.config.rl import (
 
 PROMPTS_HELP = "Prompts to learn on: a file with a `prompt` column, OpenAI messages or GSM8K's columns."
 
-SHARDS_A_RANK = 4
-"""Calls for which a scorer waits, one by one, in a step. What each costs is the same for a shard of any size."""
+SHARDS_A_RANK = 2
+"""Enough that one can be scored while the other is sampled. Each costs five calls, whatever its size."""
 
 
 class PPOConfig(DataJobConfig):
@@ -130,14 +130,15 @@ class PPOConfig(DataJobConfig):
     @property
     def num_shards(self) -> int:
         """Parts of a step's batch that are scored, and wait for each other, as one: whole prompts, the same number for
-        every learner rank, and enough that scoring can start before the last response is done. More of them only where
-        the tail is cut: what comes late is a shard."""
+        every learner rank, and enough that scoring can start before the last response is done and no scorer is idle.
+        More of them only where the tail is cut: what comes late is a shard."""
         from math import lcm
 
         ranks = lcm(*self.learner_ranks.values())
         wanted = max(2, self._engines)
         if not self.rollout.cut_tail:
-            wanted = min(wanted, SHARDS_A_RANK * ranks)
+            scorers = [role.num_actors for name, role in self.roles.items() if name != "rollout"]
+            wanted = min(wanted, max(SHARDS_A_RANK * ranks, *scorers))
         return ranks * -(-wanted // ranks)
 
     @property

@@ -236,7 +236,7 @@ def test_learning_rate_schedules_by_hand():
         (["rollout.num_actors=2", "rollout.min_engines=3"], "rollout.min_engines=3 is more than the rollout.num_actors=2"),
         (["rollout.num_actors=4", "rollout.max_engines=3"], "rollout.max_engines=3 is less than rollout.num_actors=4"),
         (["rollout.max_engines=2", "rollout.weight_transfer=broadcast"], "rollout.max_engines=2 .* rollout.weight_transfer=broadcast"),
-        (["rollout.max_engines=5", "prompts_per_step=98"], r"98 does not divide into 4 shards \(.*, rollout.max_engines=5\)"),
+        (["rollout.max_engines=5", "prompts_per_step=97"], r"97 does not divide into 2 shards \(.*, rollout.max_engines=5\)"),
     ],
 )
 def test_the_fleet_stays_within_its_bounds(overrides, message):
@@ -246,7 +246,13 @@ def test_the_fleet_stays_within_its_bounds(overrides, message):
 
 def test_a_step_has_pieces_for_all_engines_that_may_come():
     config = ppo("rollout.num_actors=1", "rollout.max_engines=8").config
-    assert (config.num_shards, config.pieces_per_shard) == (4, 2)
+    assert (config.num_shards, config.pieces_per_shard) == (2, 4)
+
+
+def test_a_step_has_a_shard_for_every_scorer():
+    config = ppo("rollout.num_actors=16", "reference.num_actors=4").config
+    assert (config.num_shards, config.pieces_per_shard) == (4, 4)
+    assert ppo("rollout.num_actors=3", "reference.num_actors=4").config.num_shards == 3
 
 
 def test_where_the_tail_is_cut_each_engine_has_shards_of_its_own():
@@ -257,8 +263,8 @@ def test_where_the_tail_is_cut_each_engine_has_shards_of_its_own():
 
 @pytest.mark.parametrize(
     ("policy", "critic", "rollout", "shards", "pieces"),
-    [(1, 1, 1, 2, 1), (2, 1, 1, 2, 1), (2, 2, 3, 4, 3), (2, 3, 1, 6, 1), (1, 1, 3, 3, 1),
-     (1, 1, 16, 4, 4), (2, 1, 12, 8, 3), (8, 8, 8, 8, 1), (1, 1, 6, 4, 3)],
+    [(1, 1, 1, 2, 1), (2, 1, 1, 2, 1), (2, 2, 3, 4, 3), (2, 3, 1, 6, 1), (1, 1, 3, 2, 3),
+     (1, 1, 16, 2, 8), (2, 1, 12, 4, 3), (8, 8, 8, 8, 1), (1, 1, 6, 2, 3)],
 )  # fmt: skip
 def test_shards_divide_over_learner_ranks_and_their_pieces_over_rollout_actors(policy, critic, rollout, shards, pieces):
     config = ppo(f"policy.num_actors={policy}", f"critic.num_actors={critic}", f"rollout.num_actors={rollout}").config
