@@ -18,6 +18,7 @@ from actors.fleet_actor import EngineStatus, FleetActor
 from actors.group import Role, Seats, collect, whereabouts
 from actors.health import Deadlines
 from actors.member import Call
+from actors.proof import Proof
 from actors.rollout import RolloutActor
 from actors.supervisor import Blueprint, Size
 from actors.vllm_engine import default_engine_args
@@ -174,21 +175,32 @@ class RolloutFleet:
         them before. Before the first one it is done at once."""
         return self._actor.served.remote()
 
-    def sync(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def sync(self, method: Callable[..., Any], *args: Any, proof: Proof | None = None, **kwargs: Any) -> None:
         """Call ``method`` on every engine, and on later ones before they serve. An engine that makes no progress is
-        not waited for, and serves no more until it has made the call."""
-        self.end_sync(self.begin_sync(method, *args, **kwargs))
+        not waited for, and serves no more until it has made the call.
 
-    def begin_sync(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> ray.ObjectRef:
+        Args:
+            proof: that every engine gives before anything that it sampled under these weights is handed out; None asks
+                for none.
+        """
+        self.end_sync(self.begin_sync(method, *args, proof=proof, **kwargs))
+
+    def begin_sync(
+        self, method: Callable[..., Any], *args: Any, proof: Proof | None = None, **kwargs: Any
+    ) -> ray.ObjectRef:
         """`sync` in two parts. What ``args`` refer to is waited for; then it begins."""
-        return self._sync(Call(method.__name__, args, kwargs))
+        return self._sync(Call(method.__name__, args, kwargs), proof)
 
     def end_sync(self, begun: ray.ObjectRef) -> None:
         """Wait for what `begin_sync` has begun."""
         (self.num_engines,) = self._collect(begun)
 
-    def _sync(self, call: Call) -> ray.ObjectRef:
-        return self._actor.sync.remote(call)
+    def _sync(self, call: Call, proof: Proof | None) -> ray.ObjectRef:
+        return self._actor.sync.remote(call, proof)
+
+    def prove(self) -> None:
+        """Wait until every engine that is up has proved which weights it serves."""
+        self._collect(self._actor.prove.remote())
 
     def begin_again(self) -> None:
         """Whoever wrote the weights died; the next `sync` comes from another one."""

@@ -13,13 +13,15 @@ from __future__ import annotations
 import asyncio
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
 from actors.health import Deadlines, State
 from actors.member import Call, Lost, Member
+from actors.proof import Answer, Proof, Served
 from actors.supervisor import Blueprint, Size, Supervisor
 
 MAX_LOSSES = 3
@@ -36,6 +38,13 @@ class EngineStatus:
     """Pieces of work that it finished."""
 
 
+class Sync(NamedTuple):
+    """What every engine is to do with the newest weights, and to show then."""
+
+    call: Call
+    proof: Proof | None
+
+
 class Engine(Member):
     """A member of the fleet with what it has to do."""
 
@@ -49,6 +58,19 @@ class Engine(Member):
     proved = False
     """It has made a sync, and proved that it serves what it was given."""
 
+    due: tuple[Proof, ...] = ()
+    """Of its newest sync, and of the one before: an answer that was on its way then tells of that."""
+
+    async def check(self, served: Served | None) -> None:
+        """Raise RuntimeError unless it serves the policy's weights, as far as there is a proof to be had."""
+        if not self.due:
+            return
+        proofs = {proof.version: proof for proof in self.due}
+        if served is None or served.version not in proofs:
+            said = "nothing of its weights" if served is None else f"that it serves version {served.version}"
+            raise RuntimeError(f"{self.name} says {said}, after the sync of version {self.due[-1].version}")
+        await proofs[served.version].check(served, self.name)
+
     def leaves(self) -> str:
         return f"; {self.pieces} unfinished pieces of work go to the others" if self.pieces else ""
 
@@ -58,7 +80,7 @@ class FleetActor(Supervisor[Engine]):
 
     def __init__(self, blueprint: Blueprint, size: Size, deadlines: Deadlines) -> None:
         super().__init__(Engine, blueprint, size, deadlines)
-        self._sync: Call | None = None
+        self._sync: Sync | None = None
         self._announced = asyncio.Event()
         """Set, and replaced, when there is another sync to make."""
         self._publishing = False
@@ -106,9 +128,10 @@ class FleetActor(Supervisor[Engine]):
             engine.tokens += tokens
             engine.pieces += 1
             try:
-                answer = await engine.call(Call(method, (piece,), arguments))
+                answer: Answer = await engine.call(Call("answer", (method, piece, arguments)))
+                await engine.check(answer.served)
                 engine.served += 1
-                return answer
+                return answer.value
             except Lost as error:
                 lost.append(str(error))
             finally:
@@ -133,22 +156,27 @@ class FleetActor(Supervisor[Engine]):
         if self._known():
             await self._over.wait()
 
-    async def sync(self, call: Call) -> int:
+    async def sync(self, call: Call, proof: Proof | None = None) -> int:
         """Let every engine make the call, and every later one before it serves; returns how many serve. Does not wait
         for an engine that makes no progress: it serves no more until it has made the call. References among the call's
-        arguments are waited for first: while the weights are written nobody is to wait for them in an engine."""
+        arguments are waited for first: while the weights are written nobody is to wait for them in an engine.
+
+        Args:
+            proof: that every engine gives before anything that it sampled under these weights is handed out; None asks
+                for none.
+        """
         try:
-            return await self._make(call)
+            return await self._make(call, proof)
         finally:
             over, self._over = self._over, asyncio.Event()
             over.set()
 
-    async def _make(self, call: Call) -> int:
+    async def _make(self, call: Call, proof: Proof | None) -> int:
         args = [await value if isinstance(value, ray.ObjectRef) else value for value in call.args]
         call = call._replace(args=tuple(args))
         if not self._served:
             await self.started()
-        self._sync, self._publishing = call, False
+        self._sync, self._publishing = Sync(call, proof and proof.begun()), False
         serving = self._in(State.READY, State.SUSPECT) if self._known() else self._up()
         self._again = False
         for engine in self._members.values():
@@ -163,6 +191,12 @@ class FleetActor(Supervisor[Engine]):
 
         await self._unless_failed(made)
         return len(self._in(State.READY))
+
+    async def prove(self) -> None:
+        """Until every engine that is up has proved which weights it serves."""
+        for engine in self._up():
+            with suppress(Lost):
+                await engine.check(await engine.call(Call("served")))
 
     async def begin_again(self) -> None:
         """Whoever writes the weights died, perhaps over the newest sync, and another one will write them. Until then no
@@ -193,7 +227,7 @@ class FleetActor(Supervisor[Engine]):
 
     async def _keep(self, engine: Engine) -> None:
         """Set an engine up and keep it in step with the learner, as long as it lives."""
-        done: Call | None = None
+        done: Sync | None = None
         try:
             for call in (Call("__ray_ready__"), *self._blueprint.setup):
                 await engine.call(call)
@@ -210,16 +244,17 @@ class FleetActor(Supervisor[Engine]):
             if engine.could_not_start and not self._served:
                 raise RuntimeError(f"an engine could not start: {engine.could_not_start}") from None
 
-    async def _synced(self, engine: Engine) -> Call | None:
+    async def _synced(self, engine: Engine) -> Sync | None:
         """The sync that the engine has made, or that failed; None if it must be made again, for what it read was being
         replaced."""
         sync = self._sync
         assert sync is not None
         engine.reading = True
         try:
-            await engine.call(sync)
-            if not engine.proved:  # the others prove it while they sample, and hand nothing out before
-                await engine.call(Call("proved"))
+            engine.due = (*engine.due[-1:], sync.proof) if sync.proof else ()
+            await engine.call(sync.call)
+            if not engine.proved:  # the others prove it with what they sample
+                await engine.check(await engine.call(Call("served")))
         except Lost:
             raise
         except Exception as error:
@@ -243,8 +278,8 @@ class FleetActor(Supervisor[Engine]):
             raise self._sync_failed
 
     def _known(self) -> bool:
-        """Whether a sync waits for those that served, which hand out nothing until they have proved it, and no other."""
+        """Whether a sync waits for those that served, which prove it with what they sample, and for no other."""
         return self._served and not self._again
 
-    def _is_newest(self, sync: Call) -> bool:
+    def _is_newest(self, sync: Sync) -> bool:
         return self._sync is sync and not self._publishing

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
-import numpy as np
 import torch
 
 from actors.conversation import Conversations
 from actors.environment import this_node
+from actors.proof import Prover, Served
 from actors.publishing import Published
 from actors.seeds import sample_seed
 from actors.vllm_engine import Request, make_engine, set_environment
@@ -57,7 +57,7 @@ class Sent:
     version: int
 
 
-class RolloutActor:
+class RolloutActor(Prover):
     """Samples responses from one copy of the policy. Make it a Ray actor with ``ray.remote(max_concurrency=...)``.
 
     It starts with the weights of ``model_dir`` as version 0: let it `sync` the current ones before using it, and do not
@@ -92,7 +92,6 @@ class RolloutActor:
 
         tokenizer = load_tokenizer(model_dir)
         self._model_dir, self._seed, self._timeout_s = model_dir, seed, timeout_s
-        self._proof: asyncio.Task[None] | None = None
         self._pad_token_id = int(tokenizer.pad_token_id)
         self._prompts: list[Any] = []
         self._order: PromptStream
@@ -143,7 +142,6 @@ class RolloutActor:
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
             )
-            await self.proved()
         return [
             Rollout(
                 prompt_id=prompt_id,
@@ -190,9 +188,7 @@ class RolloutActor:
         ]
         try:
             async with self._deadline(len(tasks)):
-                rollouts = await asyncio.gather(*tasks)
-                await self.proved()
-                return rollouts
+                return await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
@@ -287,58 +283,28 @@ class RolloutActor:
         return await self._engine.update(tensors, shapes, version=bundle.version, keep_cache=keep_cache)
 
     async def sync(
-        self,
-        weights: Published | WeightBundle | Sent,
-        *,
-        probe: list[int],
-        expected: list[Awaitable[list[float]]],
-        tolerance: float,
-        keep_cache: bool = False,
+        self, weights: Published | WeightBundle | Sent, *, probe: list[int], keep_cache: bool = False
     ) -> int:
-        """`update_weights`, and begin to prove that they serve: ``probe`` must be as probable here as to the policy.
-
-        Nothing that is sampled under these weights is handed out before that is proved; see `proved`.
+        """`update_weights`, and begin to find out how probable ``probe`` is under them; see `served`.
 
         Args:
-            probe: token ids of a text, computed from the tokens alone, with nothing out of a cache.
-            expected: a list with the reference of the log-probability of every token of it after the first, in nats,
-                at temperature 1, under the policy.
-            tolerance: nats a token.
+            probe: token ids of a text; computed from the tokens alone, with nothing out of a cache.
         """
-        version = await self.update_weights(weights, keep_cache=keep_cache)
-        self._proof = asyncio.create_task(self._prove(version, probe, expected[0], tolerance))
-        return version
+        updating = asyncio.create_task(self.update_weights(weights, keep_cache=keep_cache))
+        self._probing = asyncio.create_task(self._probe(updating, probe))
+        self._probing.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if nobody asks
+        return await updating
 
-    async def proved(self) -> None:
-        """Until the last `sync` has been proved.
-
-        Raises:
-            RuntimeError: the engine does not serve the policy's weights.
-        """
-        while (proof := self._proof) is not None:
-            await asyncio.shield(proof)
-            if self._proof is proof:
-                self._proof = None
-
-    async def _prove(
-        self, version: int, probe: list[int], expected: Awaitable[list[float]], tolerance: float
-    ) -> None:
-        served = np.array(await self._engine.prompt_logprobs(probe))
-        if self._engine.version != version:
-            return  # it waited behind others until newer weights came, whose own proof is under way
-        policy = np.array(await expected)
-        apart = float(np.abs(policy - served).mean())
-        if not apart <= tolerance:
-            raise RuntimeError(
-                f"this engine does not serve the policy's weights after the sync of version {version}: its "
-                f"log-probabilities of the same text differ by {apart:.3g} nats a token, {tolerance:g} is possible; "
-                f"policy {policy[:4].round(3).tolist()} ..., engine {served[:4].round(3).tolist()} ..."
-            )
+    async def _probe(self, updating: asyncio.Task[int], probe: list[int]) -> Served | None:
+        version = await updating
+        logprobs = await self._engine.prompt_logprobs(probe)
+        # Else it waited behind others until newer weights came, whose own probe is under way.
+        return Served(version, logprobs) if self._engine.version == version else None
 
     async def sleep(self, *, keep_weights: bool = False) -> None:
-        """Leave the GPU's memory to others, once the last `sync` is proved; the next one wakes the engine. What is
-        asked for meanwhile is refused. ``keep_weights``, and errors: `VllmEngine.sleep`."""
-        await self.proved()
+        """Leave the GPU's memory to others; the next `sync` wakes the engine. What is asked for meanwhile is refused.
+        ``keep_weights``, and errors: `VllmEngine.sleep`."""
+        await self.served()
         await self._engine.sleep(keep_weights=keep_weights)
 
     async def wake(self) -> None:

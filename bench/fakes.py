@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from actors.proof import Prover, Served
 from actors.publishing import Published, Publisher
 from actors.reward_source import SourceActor
 from bench.workload import NEW_TOKENS, PROMPT_TOKENS
@@ -40,18 +41,18 @@ def shard_of(num: int) -> Experience:
     )
 
 
-class FakeRolloutActor:
+class FakeRolloutActor(Prover):
     """For ``RolloutActor``."""
 
     async def experience(self, span: PromptSpan, *, step: int) -> Experience:
         return shard_of(span.count)
 
-    async def sync(self, weights: Published, *, expected: list[Any], **settings: Any) -> int:
-        await expected[0]
+    async def sync(self, weights: Published, *, probe: list[int], **settings: Any) -> int:
+        self._served = Served(weights.version, [0.0] * (len(probe) - 1))
         return weights.version
 
-    async def proved(self) -> None:
-        return None
+    async def served(self) -> Served:
+        return self._served
 
 
 class FakeModelActor:

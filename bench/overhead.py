@@ -33,6 +33,7 @@ from actors.fleet_actor import FleetActor
 from actors.group import ActorGroup, Role
 from actors.health import Deadlines
 from actors.member import Call
+from actors.proof import Answer, Proof, Served
 from actors.supervisor import Blueprint, Size
 from bench.fakes import FakeModelActor, FakeRolloutActor, shard_of
 from bench.figures import circumstances, console, spread, written
@@ -122,9 +123,9 @@ class CountingFleet(RolloutFleet):
         self.traffic.call(arguments)
         return super()._submit(*arguments)
 
-    def _sync(self, call: Call) -> ray.ObjectRef:
-        self.traffic.call(call)
-        reference = super()._sync(call)
+    def _sync(self, call: Call, proof: Proof | None) -> ray.ObjectRef:
+        self.traffic.call((call, proof))
+        reference = super()._sync(call, proof)
         self.traffic.answers += [reference] if self.traffic.counting else []
         return reference
 
@@ -220,7 +221,7 @@ class _Engine:
 
     def remote(self, *arguments: Any, **settings: Any) -> Any:
         answer = asyncio.get_running_loop().create_future()
-        answer.set_result(self._shard)
+        answer.set_result(Answer(self._shard, Served(0, [])))
         return answer
 
 

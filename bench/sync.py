@@ -22,7 +22,6 @@ from rich.table import Column, Table
 from actors.fleet import engine_dtype
 from actors.placement import reserve
 from actors.policy import PolicyActor
-from actors.rollout import RolloutActor
 from bench.figures import circumstances, console, spread, written
 from bench.workload import make_prompts, settings
 from jobs.ppo_roles import Roles
@@ -57,7 +56,7 @@ def measure(model: Path, overrides: list[str]) -> dict[str, Any]:
                 began = time.perf_counter()
                 roles.sync_weights(version=version)
                 serving = time.perf_counter()
-                roles.rollout.call(RolloutActor.proved)
+                roles.rollout.prove()
                 serve.append(serving - began)
                 prove.append(time.perf_counter() - serving)
             (published,) = roles.policy.call(PolicyActor.publish_weights, 0, dtype=engine_dtype(config.rollout))

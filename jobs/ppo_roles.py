@@ -24,6 +24,7 @@ from actors.learner import LearnerActor
 from actors.member import Call
 from actors.placement import LEARNERS, Placed, Placement
 from actors.policy import PolicyActor
+from actors.proof import Proof
 from actors.reference import ReferenceActor
 from actors.reward_source import SourceActor
 from actors.rollout import RolloutActor, Sent
@@ -218,9 +219,8 @@ class Roles:
             RolloutActor.sync,
             weights,
             probe=self.probe,
-            expected=[expected],
-            tolerance=self.logprob_tolerance,
             keep_cache=self.config.rollout.keep_cache,
+            proof=Proof(version, [expected], self.logprob_tolerance),
         )
         collect(sending, "policy")
         self.rollout.end_sync(loading)
@@ -277,7 +277,7 @@ class Roles:
 
     def export(self, job: Run) -> None:
         """Write the model folders, once the last sync is proved."""
-        self.rollout.call(RolloutActor.proved)
+        self.rollout.prove()
         self.policy.call(PolicyActor.export, str(job.model_dir.absolute()))
         if self.critic is not None:
             self.critic.call(CriticActor.export, str((job.dir / "critic").absolute()))

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ray
+
 from actors.counters import count
+from actors.proof import Proof, Prover, Served
 from actors.seeds import sample_seed
 from rayllm.errors import EngineStopped
 
@@ -21,7 +24,7 @@ class Sample(NamedTuple):
     version: int
 
 
-class FakeRollout:
+class FakeRollout(Prover):
     """Keeps `RolloutActor`'s interface.
 
     Args:
@@ -91,15 +94,21 @@ class FakeRollout:
         (self.folder / f"synced-{self.number}").write_text(str(weights))
         return weights
 
-    async def proved(self) -> None:
+    async def served(self) -> Served | None:
         while self._trouble("unproved"):  # slow, but not stuck
             await asyncio.sleep(0.05)
             count("proof")
-        if self._trouble("lies"):
-            raise RuntimeError("this engine does not serve the policy's weights")
+        if self.weights is None:
+            return None
+        return Served(self.weights, [0.0] if self._trouble("lies") else [-1.0 * self.weights])
 
     async def ping(self) -> int:
         return self.number
+
+
+def proof_of(version: int) -> Proof:
+    """What an engine must say that serves these weights."""
+    return Proof(version, [ray.put([-1.0 * version])], 0.01)
 
 
 def expected(prompt_ids: list[int], *, num_samples: int, max_new_tokens: int, step: int, version: int) -> list[Sample]:

@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from actors.proof import Proof
 from actors.rollout import RolloutActor
 from actors.vllm_async import AsyncEngine
 from actors.vllm_engine import VllmEngine
@@ -89,11 +90,10 @@ def test_it_takes_weights_and_proves_them_or_not(tiny_model_dir, other_tiny_mode
         await actor.feel(mood)
         await model.update_weights(bundle)
 
-        async def expected():
-            return await model._engine.prompt_logprobs(probe)
-
-        assert await actor.sync(bundle, probe=probe, expected=[expected()], tolerance=1e-4) == 4
-        return await actor.generate(PROMPTS, **SAMPLING)
+        assert await actor.sync(bundle, probe=probe) == 4
+        rollouts, served = await actor.answer("generate", PROMPTS, SAMPLING)
+        await Proof(4, [model._engine.prompt_logprobs(probe)], 1e-4).check(served, "it")
+        return rollouts
 
     assert {v for rollout in asyncio.run(synced("well")) for v in rollout.policy_versions} == {4}
     with pytest.raises(RuntimeError, match="does not serve the policy's weights after the sync of version 4"):
@@ -105,21 +105,20 @@ def test_a_proof_that_comes_late_is_not_held_against_newer_weights(tiny_model_di
     probe = [1] * 20
     bundles = [pack(read_safetensors(model), version=n) for n, model in ((1, tiny_model_dir), (2, other_tiny_model_dir))]
 
-    async def scenario() -> int:
-        actor, model, proofs = here(tiny_model_dir), here(tiny_model_dir), []
+    async def scenario() -> None:
+        actor, model = here(tiny_model_dir), here(tiny_model_dir)
         await actor.feel("hangs")
         for bundle in bundles:
-            await model.update_weights(bundle)
-            expected = asyncio.create_task(model._engine.prompt_logprobs(probe))
-            await expected
-            await actor.sync(bundle, probe=probe, expected=[expected], tolerance=1e-4)
-            proofs.append(actor._proof)
+            await actor.sync(bundle, probe=probe)
+        await model.update_weights(bundles[-1])
+        served = asyncio.create_task(actor.served())
+        await asyncio.sleep(0.2)
         await actor.feel("well")
-        await asyncio.gather(*proofs)
-        await actor.proved()
-        return await actor.version()
+        found = await served
+        assert found is not None and found.version == 2
+        await Proof(2, [model._engine.prompt_logprobs(probe)], 1e-4).check(found, "it")
 
-    assert asyncio.run(scenario()) == 2
+    asyncio.run(scenario())
 
 
 @pytest.mark.scorecard("R17", partly=True)

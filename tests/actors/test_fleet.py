@@ -19,9 +19,10 @@ from actors.fleet import RolloutFleet
 from actors.group import Role, collect
 from actors.health import Deadlines, State
 from actors.member import Call
+from actors.proof import Proof
 from actors.supervisor import Blueprint, Size
 from rayllm.errors import FleetExhausted
-from tests.actors.fake_rollout import FakeRollout, Sample, expected
+from tests.actors.fake_rollout import FakeRollout, Sample, expected, proof_of
 
 STALL_S = 4.0
 PROMPTS = list(range(8))
@@ -54,6 +55,9 @@ class Lab:
     def tell(self, line: str, detail: str) -> None:
         self.lines.append(line)
         self.details[line] = detail
+
+    def sync(self, version: int) -> None:
+        self.fleet.sync(FakeRollout.sync, version, proof=proof_of(version))
 
     def begin(self) -> list[ray.ObjectRef]:
         """Eight pieces of work, a prompt each."""
@@ -160,7 +164,7 @@ FAULTS = {
 @pytest.mark.scorecard("R03", partly=True)
 def test_losing_an_engine_changes_nothing_that_is_sampled(healing, fault):
     break_it, reason = FAULTS[fault]
-    healing.fleet.sync(FakeRollout.sync, 7)
+    healing.sync(7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
     newcomer = max(healing.numbers(State.READY)) + 1
     references = healing.begin()
@@ -179,14 +183,14 @@ def test_losing_an_engine_changes_nothing_that_is_sampled(healing, fault):
 
 @pytest.mark.scorecard("R01", "R05")
 def test_a_restarted_engine_serves_only_after_a_proved_sync_of_the_newest_weights(healing):
-    healing.fleet.sync(FakeRollout.sync, 7)
+    healing.sync(7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
-    unproved, lies = healing.folder / "unproved-all", healing.folder / "lies-all"
+    newcomer = max(healing.numbers(State.READY)) + 1
+    unproved, lies = healing.folder / f"unproved-{newcomer}", healing.folder / f"lies-{newcomer}"
     unproved.touch()
     victim = min(healing.numbers(State.READY))
     kill(healing, victim)
-    wait_for(lambda: len(healing.numbers(State.SYNCING)) == 1)
-    (newcomer,) = healing.numbers(State.SYNCING)
+    wait_for(lambda: healing.numbers(State.SYNCING) == [newcomer])
     wait_for((healing.folder / f"synced-{newcomer}").exists)
     assert healing.finish(healing.begin()) == right(version=7)
     assert [engine.served for engine in healing.fleet.status() if engine.number == newcomer] == [0]
@@ -198,7 +202,7 @@ def test_a_restarted_engine_serves_only_after_a_proved_sync_of_the_newest_weight
     assert len(ray.get(readers)) == 1
     lies.unlink()
     assert healing.numbers(State.SYNCING) == [newcomer]
-    healing.fleet.sync(FakeRollout.sync, 8)
+    healing.sync(8)
     wait_for(lambda: newcomer in healing.numbers(State.READY))
     assert (healing.folder / f"synced-{newcomer}").read_text() == "8"
     assert healing.finish(healing.begin()) == right(version=8)
@@ -215,7 +219,7 @@ def begin_joined(healing: Lab) -> list[ray.ObjectRef]:
 
 @pytest.mark.scorecard("R01")
 def test_pieces_of_one_shard_are_sampled_by_all_engines_and_joined_in_order(healing):
-    healing.fleet.sync(FakeRollout.sync, 7)
+    healing.sync(7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
     references = begin_joined(healing)
     assert len(references) == 2
@@ -229,7 +233,7 @@ def test_pieces_of_one_shard_are_sampled_by_all_engines_and_joined_in_order(heal
 
 @pytest.mark.parametrize("begin", [Lab.begin, begin_joined])
 def test_what_nobody_wants_any_more_is_given_up(healing, begin):
-    healing.fleet.sync(FakeRollout.sync, 7)
+    healing.sync(7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
     for path in healing.folder.glob("gave-up-*"):
         path.unlink()
@@ -245,37 +249,68 @@ def test_what_nobody_wants_any_more_is_given_up(healing, begin):
 @pytest.mark.scorecard("R09")
 def test_a_sync_whose_writer_died_is_forgotten_once_another_one_writes(healing):
     """The engines cannot read what they were told of; who waits for them gets that error, until all begin again."""
-    healing.fleet.sync(FakeRollout.sync, 7)
+    healing.sync(7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
     gone = healing.folder / "writer-is-gone"
     gone.touch()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="rollout: .*no such process wrote weights"):
-            healing.fleet.sync(FakeRollout.sync, 8)
+            healing.sync(8)
     with pytest.raises(RuntimeError, match="no such process wrote weights"):
         healing.finish(healing.begin())
     gone.unlink()
     healing.fleet.begin_again()
     ray.get(healing.fleet.readers())
-    healing.fleet.sync(FakeRollout.sync, 5)  # the weights go back
+    healing.sync(5)  # the weights go back
     assert healing.fleet.num_engines == 2
     assert healing.finish(healing.begin()) == right(version=5)
+
+
+@pytest.mark.scorecard("R05", partly=True)
+def test_what_engines_sample_is_handed_out_once_they_have_said_what_the_policy_says(lab, tmp_path):
+    two = lab()
+    two.sync(7)
+    said = tmp_path / "the-policy-said-it"
+
+    @ray.remote(num_cpus=0)
+    def slowly() -> list[float]:
+        wait_for(said.exists)
+        return [-8.0]
+
+    two.fleet.sync(FakeRollout.sync, 8, proof=Proof(8, [slowly.remote()], 0.01))
+    references = two.begin()
+    assert not ray.wait(references, timeout=2.0)[0]  # a piece takes half a second
+    said.touch()
+    assert two.finish(references) == right(version=8)
+    # One of them takes weights and does not use them.
+    (tmp_path / "lies-1").touch()
+    two.sync(9)
+    reason = r"engine 1 does not serve the policy's weights after the sync of version 9: .*policy \[-9.0\] ..., engine \[0.0\]"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=reason):
+            two.finish(two.begin())
+    with pytest.raises(RuntimeError, match=reason):
+        two.fleet.prove()
+    (tmp_path / "lies-1").unlink()
+    two.sync(10)
+    two.fleet.prove()
+    assert two.finish(two.begin()) == right(version=10)
 
 
 def test_who_waits_until_the_engines_serve_waits_for_a_whole_sync_whatever_comes_of_it(lab):
     """But not for the first one, nor for one after `begin_again`: in these the engines may wait for whoever waits."""
     two = lab()
     ray.get(two.fleet.served())
-    two.fleet.sync(FakeRollout.sync, 7)
+    two.sync(7)
     served = two.fleet.served()
-    two.fleet.sync(FakeRollout.sync, 8)
+    two.sync(8)
     ray.get(served)
     served = two.fleet.served()
     assert not ray.wait([served], timeout=0.5)[0]
     gone = two.folder / "writer-is-gone"
     gone.touch()
     with pytest.raises(RuntimeError, match="no such process wrote weights"):
-        two.fleet.sync(FakeRollout.sync, 9)
+        two.sync(9)
     ray.get(served)
     gone.unlink()
     two.fleet.begin_again()
@@ -283,11 +318,11 @@ def test_who_waits_until_the_engines_serve_waits_for_a_whole_sync_whatever_comes
 
 
 def test_who_waits_until_the_engines_serve_does_not_begin_beside_their_loading(healing):
-    healing.fleet.sync(FakeRollout.sync, 7)
+    healing.sync(7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
     slow = healing.folder / f"slow-in-sync-{min(healing.numbers(State.READY))}"
     slow.touch()
-    served, loading = healing.fleet.served(), healing.fleet.begin_sync(FakeRollout.sync, 8)
+    served, loading = healing.fleet.served(), healing.fleet.begin_sync(FakeRollout.sync, 8, proof=proof_of(8))
     assert not ray.wait([served], timeout=0.5)[0]
     slow.unlink()
     ray.get(served)
@@ -298,11 +333,11 @@ def test_who_waits_until_the_engines_serve_does_not_begin_beside_their_loading(h
 @pytest.mark.parametrize(("trouble", "reason"), [("hangs", "no progress for"), ("stops", "broken on purpose")])
 @pytest.mark.scorecard("R05", "R22")
 def test_the_learner_does_not_wait_for_an_engine_that_is_lost_in_a_sync(healing, trouble, reason):
-    healing.fleet.sync(FakeRollout.sync, 7)
+    healing.sync(7)
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
     victim = min(healing.numbers(State.READY))
     (healing.folder / f"{trouble}-in-sync-{victim}").touch()
-    healing.fleet.sync(FakeRollout.sync, 9)
+    healing.sync(9)
     assert healing.fleet.num_engines == 1
     assert healing.finish(healing.begin()) == right(version=9)
     assert reason in healing.told(f"engine {victim} is lost: ")
@@ -311,7 +346,7 @@ def test_the_learner_does_not_wait_for_an_engine_that_is_lost_in_a_sync(healing,
 @pytest.mark.scorecard("R02")
 def test_the_only_engine_is_restarted_and_when_the_budget_is_spent_the_run_ends(lab):
     only = lab(start=1, max_restarts=1)
-    only.fleet.sync(FakeRollout.sync, 7)
+    only.sync(7)
     references = only.begin()
     kill(only, only.busy_engine())
     assert only.finish(references) == right(version=7)  # by engine 1, which nobody but the fleet has synced
@@ -322,13 +357,13 @@ def test_the_only_engine_is_restarted_and_when_the_budget_is_spent_the_run_ends(
                        r"\(rollout.max_restarts=1\) are used up; the last that was lost: engine 1: its process ended"):  # fmt: skip
         only.finish(references)
     with pytest.raises(FleetExhausted, match="The last checkpoint is intact"):
-        only.fleet.sync(FakeRollout.sync, 8)
+        only.sync(8)
 
 
 @pytest.mark.scorecard("R02")
 def test_work_that_takes_engine_after_engine_with_it_is_told(lab):
     poisoned = lab(start=3)
-    poisoned.fleet.sync(FakeRollout.sync, 7)
+    poisoned.sync(7)
     (poisoned.folder / "exits-all").touch()
     work = [[(5, [1])]]
     references = poisoned.fleet.submit(FakeRollout.generate, work, tokens=[1], temperature=1.0, **SAMPLING)
@@ -344,17 +379,17 @@ def test_work_that_takes_engine_after_engine_with_it_is_told(lab):
 def test_engines_that_cannot_start_or_lie_end_the_run(lab, tmp_path, trouble, message):
     (tmp_path / trouble).touch()
     with pytest.raises(RuntimeError, match=message):
-        lab(start=1).fleet.sync(FakeRollout.sync, 7)
+        lab(start=1).sync(7)
 
 
 def test_the_fleet_grows_as_there_is_room(lab):
     """Two fit, three are wanted: the second one joins and serves, the third waits for a place and keeps nobody."""
     growing = lab(start=1, most=3, cpus=3.0)
-    growing.fleet.sync(FakeRollout.sync, 7)
+    growing.sync(7)
     assert growing.numbers(State.READY) == [0]
     growing.fleet.grow()
     wait_for(lambda: len(growing.numbers(State.READY)) == 2)
-    growing.fleet.sync(FakeRollout.sync, 8)
+    growing.sync(8)
     assert growing.fleet.num_engines == 2
     assert growing.finish(growing.begin()) == right(version=8)
     by_state = {engine.state: engine for engine in growing.fleet.status() if engine.state is not State.READY}

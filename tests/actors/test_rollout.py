@@ -15,6 +15,7 @@ import torch
 
 from actors import weight_group
 from actors.environment import this_node
+from actors.proof import Proof
 from actors.publishing import Publisher
 from actors.rollout import RolloutActor, Sent, sample_seed
 from actors.vllm_async import AsyncEngine
@@ -469,37 +470,26 @@ def test_weights_come_through_a_group_bucket_by_bucket(local_ray, actor, sender,
 
 
 @pytest.mark.scorecard("R05", tier="full", partly=True)
-def test_a_sync_proves_which_weights_serve(local_ray, actor, models, bundles, prompts):
+def test_after_a_sync_an_answer_tells_which_weights_serve(local_ray, actor, models, bundles, prompts):
     ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
-    proof = {"probe": text, "tolerance": TOLERANCE}
-    for bundle, model in ((bundles[1], models[1]), (bundles[1], models[1]), (bundles[0], models[0])):
-        expected = [local_ray.put(text_logprobs(model, text))]
-        assert local_ray.get(actor.sync.remote(bundle, expected=expected, **proof)) == bundle.version
-        local_ray.get(actor.proved.remote())
-    # The policy is another model: the weights are taken, and nothing that they sample is handed out.
-    local_ray.get(actor.sync.remote(bundles[0], expected=[local_ray.put(text_logprobs(models[1], text))], **proof))
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="does not serve the policy's weights after the sync of version 2: its"):
-            generate(local_ray, actor, prompts)
-    with pytest.raises(RuntimeError, match=r"policy \[-.*\] ..., engine \[-"):
-        local_ray.get(actor.proved.remote())
-    local_ray.get(actor.sync.remote(bundles[0], expected=[local_ray.put(text_logprobs(models[0], text))], **proof))
-    assert generate(local_ray, actor, prompts)
+    sampling = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 24, "step": 1}
+    for serving in (1, 1, 0):
+        bundle, policy, other = bundles[serving], models[serving], models[1 - serving]
+        assert local_ray.get(actor.sync.remote(bundle, probe=text)) == bundle.version
+        rollouts, served = local_ray.get(actor.answer.remote("generate", prompts, sampling))
+        assert {version for rollout in rollouts for version in rollout.policy_versions} == {bundle.version}
+        assert served.version == bundle.version and local_ray.get(actor.served.remote()) == served
+        asyncio.run(proof_of(policy, text, bundle.version).check(served, "it"))
+        reason = rf"it does not serve the policy's weights after the sync of version {bundle.version}: its .* nats a token, 0"
+        with pytest.raises(RuntimeError, match=reason):
+            asyncio.run(proof_of(other, text, bundle.version).check(served, "it"))
 
 
-def test_nothing_is_handed_out_before_the_policy_has_said_what_it_expects(local_ray, actor, models, bundles, prompts):
-    ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
-
-    @local_ray.remote(num_cpus=0)
-    def slowly(model, text):
-        time.sleep(1.5)
+def proof_of(model, text, version: int) -> Proof:
+    async def expected() -> list[float]:
         return text_logprobs(model, text)
 
-    expected = slowly.remote(models[1], text)
-    local_ray.get(actor.sync.remote(bundles[1], probe=text, tolerance=TOLERANCE, expected=[expected]))
-    rollouts = generate(local_ray, actor, prompts)
-    assert local_ray.wait([expected], timeout=0)[0], "rollouts came before their weights were proved"
-    assert {version for rollout in rollouts for version in rollout.policy_versions} == {1}
+    return Proof(version, [expected()], TOLERANCE)
 
 
 def test_the_stop_token_is_kept_with_its_logprob(local_ray, actor, models, bundles, prompts, stops):
@@ -562,9 +552,8 @@ def test_the_engine_for_gpus_samples_and_updates_the_same(
             for model, part in ((models[0], slice(0, place)), (models[1], slice(place, None))):
                 assert (logprob_differences(model, [rollout], temperature=0.7)[part] < 1e-3).all()
         ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
-        proof = {"probe": text, "tolerance": TOLERANCE, "expected": [local_ray.put(text_logprobs(models[0], text))]}
-        assert local_ray.get(other.sync.remote(bundles[0], **proof)) == 2
-        local_ray.get(other.proved.remote())
+        assert local_ray.get(other.sync.remote(bundles[0], probe=text)) == 2
+        asyncio.run(proof_of(models[0], text, 2).check(local_ray.get(other.served.remote()), "it"))
         meet(local_ray, sender, other, "broadcast")
         sent = sender.send.remote(bundles[1])
         assert local_ray.get(other.update_weights.remote(Sent(7))) == 7
@@ -621,9 +610,7 @@ def test_an_engine_that_sleeps_refuses_work_until_it_has_weights(local_ray, acto
         with pytest.raises(RuntimeError, match="sleeps without its weights: only new ones wake it"):
             local_ray.get(actor.wake.remote())
         ((_, text),) = make_prompts(models[0].config.vocab_size, [2 * BLOCK + 16])
-        expected = [local_ray.put(text_logprobs(models[1], text))]
-        proof = {"probe": text, "tolerance": TOLERANCE, "expected": expected}
-        assert local_ray.get(actor.sync.remote(bundles[1], **proof)) == 1
+        assert local_ray.get(actor.sync.remote(bundles[1], probe=text)) == 1
         rollouts = generate(local_ray, actor, prompts)
         assert logprob_differences(models[1], rollouts, temperature=1.0).mean() < TOLERANCE
     running = actor.generate.remote(prompts, num_samples=2, temperature=1.0, max_new_tokens=400, step=1)

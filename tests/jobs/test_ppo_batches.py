@@ -12,6 +12,7 @@ import torch
 from actors.fleet import RolloutFleet, generate
 from actors.group import ActorGroup, Role
 from actors.health import Deadlines
+from actors.proof import Prover
 from actors.rollout import RolloutActor
 from actors.supervisor import Blueprint, Size
 from jobs.ppo_batches import Batches
@@ -36,7 +37,7 @@ def rollout_of(prompt_id: int, *, step: int) -> Rollout:
     )  # fmt: skip
 
 
-class Sampler:
+class Sampler(Prover):
     """Takes the place of a rollout actor: tells what it was asked, and under which weights."""
 
     def __init__(self, rank: int) -> None:
@@ -44,9 +45,6 @@ class Sampler:
 
     async def set_version(self, version: int) -> None:
         self.version = version
-
-    async def proved(self) -> None:
-        return None
 
     async def experience(self, span, *, step):
         prompt_ids = PromptStream(NUM_PROMPTS, seed=0).ids(span)
@@ -155,12 +153,14 @@ def test_a_step_that_begins_again_has_the_same_responses(make, settings, score):
 
 
 def test_a_shard_of_many_engines_holds_what_they_sampled_in_the_order_of_the_prompts(make):
-    """Eight engines are planned, two are there: four shards of two pieces."""
+    """Eight engines are planned, two are there: two shards of four pieces."""
     batches = make("rollout.num_actors=8", "prompts_per_step=12")
-    spans = PromptStream(NUM_PROMPTS, seed=0).take(12).split(4)
+    config = batches.config
+    assert (config.num_shards, config.pieces_per_shard) == (2, 4)
+    spans = PromptStream(NUM_PROMPTS, seed=0).take(12).split(config.num_shards)
     shards = ray.get(batches.roles.rollout.submit_joined(
-        Sampler.batch, [span.split(batches.config.pieces_per_shard) for span in spans],
-        tokens=[[1, 1]] * 4, join=concat, step=3,
+        Sampler.batch, [span.split(config.pieces_per_shard) for span in spans],
+        tokens=[[1] * config.pieces_per_shard] * config.num_shards, join=concat, step=3,
     ))  # fmt: skip
     order = PromptStream(NUM_PROMPTS, seed=0)
     for shard, span in zip(shards, spans, strict=True):
