@@ -119,6 +119,8 @@ class RolloutFleet:
         """Start that actor, on this node, and the first engines; all come up in parallel."""
         self.role, self.num_engines = blueprint.role, size.start
         """``num_engines``: that served after the last `sync`."""
+        self._syncs = 0
+        """That have begun."""
         here = NodeAffinitySchedulingStrategy(this_node(), soft=False)
         remote_cls: Any = ray.remote(FleetActor)
         environment = {"env_vars": worker_env(0)}
@@ -170,10 +172,10 @@ class RolloutFleet:
         from when it is done until the next `sync`."""
         return self._actor.readers.remote()
 
-    def served(self) -> ray.ObjectRef:
+    def synced(self) -> ray.ObjectRef:
         """Done when the engines that serve have made the `sync` that begins next: for what is not to take a core from
-        them before. Before the first one it is done at once."""
-        return self._actor.served.remote()
+        them before. Before the first one, and after `begin_again`, it is done at once."""
+        return self._actor.synced.remote(self._syncs + 1)
 
     def sync(self, method: Callable[..., Any], *args: Any, proof: Proof | None = None, **kwargs: Any) -> None:
         """Call ``method`` on every engine, and on later ones before they serve. An engine that makes no progress is
@@ -189,6 +191,7 @@ class RolloutFleet:
         self, method: Callable[..., Any], *args: Any, proof: Proof | None = None, **kwargs: Any
     ) -> ray.ObjectRef:
         """`sync` in two parts. What ``args`` refer to is waited for; then it begins."""
+        self._syncs += 1
         return self._sync(Call(method.__name__, args, kwargs), proof)
 
     def end_sync(self, begun: ray.ObjectRef) -> None:
@@ -199,7 +202,7 @@ class RolloutFleet:
         return self._actor.sync.remote(call, proof)
 
     def prove(self) -> None:
-        """Wait until every engine that is up has proved which weights it serves."""
+        """Wait until every engine that has served has proved what it serves now."""
         self._collect(self._actor.prove.remote())
 
     def begin_again(self) -> None:

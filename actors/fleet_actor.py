@@ -27,6 +27,9 @@ from actors.supervisor import Blueprint, Size, Supervisor
 MAX_LOSSES = 3
 """Engines that may be lost with one piece of work under way: the next one would die of it too."""
 
+DUE = 16
+"""Syncs for which an answer may be on its way."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
@@ -59,7 +62,7 @@ class Engine(Member):
     """It has made a sync, and proved that it serves what it was given."""
 
     due: tuple[Proof, ...] = ()
-    """Of its newest sync, and of the one before: an answer that was on its way then tells of that."""
+    """Of its newest syncs: an answer that is on its way tells of an older one."""
 
     async def check(self, served: Served | None) -> None:
         """Raise RuntimeError unless it serves the policy's weights, as far as there is a proof to be had."""
@@ -84,8 +87,8 @@ class FleetActor(Supervisor[Engine]):
         self._announced = asyncio.Event()
         """Set, and replaced, when there is another sync to make."""
         self._publishing = False
-        self._over = asyncio.Event()
-        """Set, and replaced, when the next sync has been waited for, whatever came of it."""
+        self._syncs = 0
+        """That are over, whatever came of them."""
         self._sync_failed: Exception | None = None
         """What kept an engine from making the newest sync; until `begin_again` it ends the run."""
         self._again = False
@@ -150,11 +153,11 @@ class FleetActor(Supervisor[Engine]):
         fits = [node for node in nodes if node["Alive"] and role.cpus <= node["Resources"].get("CPU", 0)]
         return sorted(node["NodeID"] for node in fits if role.gpus <= node["Resources"].get("GPU", 0))
 
-    async def served(self) -> None:
-        """Until the next `sync` is over; at once where its engines are to prove it before: what they wait for to do so
-        may wait for this."""
+    async def synced(self, count: int) -> None:
+        """Until so many syncs are over; at once where the next one's engines are to prove it before: what they wait for
+        to do so may wait for this."""
         if self._known():
-            await self._over.wait()
+            await self._when(lambda: self._syncs >= count)
 
     async def sync(self, call: Call, proof: Proof | None = None) -> int:
         """Let every engine make the call, and every later one before it serves; returns how many serve. Does not wait
@@ -168,8 +171,8 @@ class FleetActor(Supervisor[Engine]):
         try:
             return await self._make(call, proof)
         finally:
-            over, self._over = self._over, asyncio.Event()
-            over.set()
+            self._syncs += 1
+            self._changed()
 
     async def _make(self, call: Call, proof: Proof | None) -> int:
         args = [await value if isinstance(value, ray.ObjectRef) else value for value in call.args]
@@ -177,7 +180,8 @@ class FleetActor(Supervisor[Engine]):
         if not self._served:
             await self.started()
         self._sync, self._publishing = Sync(call, proof and proof.begun()), False
-        serving = self._in(State.READY, State.SUSPECT) if self._known() else self._up()
+        known = [engine for engine in self._in(State.READY, State.SUSPECT) if engine.proved]
+        serving = known if self._known() else self._up()
         self._again = False
         for engine in self._members.values():
             engine.health.behind()
@@ -193,10 +197,13 @@ class FleetActor(Supervisor[Engine]):
         return len(self._in(State.READY))
 
     async def prove(self) -> None:
-        """Until every engine that is up has proved which weights it serves."""
-        for engine in self._up():
+        """Until every engine that has served has proved what it serves now."""
+
+        async def prove(engine: Engine) -> None:
             with suppress(Lost):
                 await engine.check(await engine.call(Call("served")))
+
+        await asyncio.gather(*[prove(engine) for engine in self._up() if engine.proved])
 
     async def begin_again(self) -> None:
         """Whoever writes the weights died, perhaps over the newest sync, and another one will write them. Until then no
@@ -251,7 +258,7 @@ class FleetActor(Supervisor[Engine]):
         assert sync is not None
         engine.reading = True
         try:
-            engine.due = (*engine.due[-1:], sync.proof) if sync.proof else ()
+            engine.due = (*engine.due[1 - DUE :], sync.proof) if sync.proof else ()
             await engine.call(sync.call)
             if not engine.proved:  # the others prove it with what they sample
                 await engine.check(await engine.call(Call("served")))

@@ -26,7 +26,7 @@ class Answer(NamedTuple):
 
     value: Any
     served: Served | None
-    """None: it never made a sync."""
+    """None: its weights came without a text."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,11 @@ def _first(logprobs: list[float]) -> list[float]:
 class Prover:
     """What a fleet asks of an engine's actor beside its own methods."""
 
-    _probing: asyncio.Task[Served | None] | None = None
-
     async def answer(self, method: str, work: Any, arguments: Mapping[str, Any]) -> Answer:
         """What one of its methods returns, with what it serves by then."""
         value = await getattr(self, method)(work, **arguments)
         return Answer(value, await self.served())
 
     async def served(self) -> Served | None:
-        """What the weights of the last sync make of its text."""
-        while True:
-            probing = self._probing
-            found = None if probing is None else await asyncio.shield(probing)
-            if probing is self._probing:
-                return found
+        """What the weights that it serves make of the text that came with them."""
+        return None

@@ -92,6 +92,8 @@ class RolloutActor(Prover):
 
         tokenizer = load_tokenizer(model_dir)
         self._model_dir, self._seed, self._timeout_s = model_dir, seed, timeout_s
+        self._probes: dict[int, asyncio.Task[Served | None]] = {}
+        """Of the weights that serve, and of those that are on their way."""
         self._pad_token_id = int(tokenizer.pad_token_id)
         self._prompts: list[Any] = []
         self._order: PromptStream
@@ -291,8 +293,10 @@ class RolloutActor(Prover):
             probe: token ids of a text; computed from the tokens alone, with nothing out of a cache.
         """
         updating = asyncio.create_task(self.update_weights(weights, keep_cache=keep_cache))
-        self._probing = asyncio.create_task(self._probe(updating, probe))
-        self._probing.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if nobody asks
+        probing = asyncio.create_task(self._probe(updating, probe))
+        probing.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if nobody asks
+        serving = self._engine.version
+        self._probes = {v: p for v, p in self._probes.items() if v == serving} | {weights.version: probing}
         return await updating
 
     async def _probe(self, updating: asyncio.Task[int], probe: list[int]) -> Served | None:
@@ -300,6 +304,13 @@ class RolloutActor(Prover):
         logprobs = await self._engine.prompt_logprobs(probe)
         # Else it waited behind others until newer weights came, whose own probe is under way.
         return Served(version, logprobs) if self._engine.version == version else None
+
+    async def served(self) -> Served | None:
+        while (probing := self._probes.get(version := self._engine.version)) is not None:
+            found = await asyncio.shield(probing)
+            if version == self._engine.version:
+                return found
+        return None
 
     async def sleep(self, *, keep_weights: bool = False) -> None:
         """Leave the GPU's memory to others; the next `sync` wakes the engine. What is asked for meanwhile is refused.

@@ -45,7 +45,7 @@ from jobs.ppo_roles import Roles
 from jobs.ppo_watch import Controls, Watch
 from jobs.session import ray_session
 from rayllm.config.base import load_config
-from rayllm.config.ppo import PPOConfig
+from rayllm.config.ppo import SHARDS_A_RANK, PPOConfig
 from rayllm.data.experience import Experience, concat
 from rayllm.data.prompts import PromptData
 from rayllm.lineage import write_json
@@ -234,8 +234,9 @@ async def simulate(num_engines: int) -> list[float]:
     for step in range(COLD + REPEATS):
         began = time.perf_counter()
         await fleet.sync(Call("sync"))
-        pieces = num_engines // 4
-        shards = [fleet.work("experience", range(pieces), [1] * pieces, concat, {"step": step}) for _ in range(4)]
+        pieces = num_engines // SHARDS_A_RANK
+        work = range(pieces), [1] * pieces, concat, {"step": step}
+        shards = [fleet.work("experience", *work) for _ in range(SHARDS_A_RANK)]
         joined: list[Experience] = await asyncio.gather(*shards)
         found.append(1e3 * (time.perf_counter() - began))
         assert sum(map(len, joined)) == num_engines * SEQUENCES_EACH

@@ -214,7 +214,7 @@ class Roles:
         else:
             sending, weights = self.policy.submit(PolicyActor.send_weights, dtype=dtype), Sent(version)
         # Not beside the loading, which uses two cores; while they prove it they sample already.
-        expected = self.policy.submit(PolicyActor.text_logprobs, self.probe, self.rollout.served())[0]
+        expected = self.policy.submit(PolicyActor.text_logprobs, self.probe, self.rollout.synced())[0]
         loading = self.rollout.begin_sync(
             RolloutActor.sync,
             weights,

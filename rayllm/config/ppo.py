@@ -130,15 +130,14 @@ class PPOConfig(DataJobConfig):
     @property
     def num_shards(self) -> int:
         """Parts of a step's batch that are scored, and wait for each other, as one: whole prompts, the same number for
-        every learner rank, and enough that scoring can start before the last response is done and no scorer is idle.
-        More of them only where the tail is cut: what comes late is a shard."""
+        every learner rank, and enough that scoring can start before the last response is done. More of them only where
+        the tail is cut: what comes late is a shard."""
         from math import lcm
 
         ranks = lcm(*self.learner_ranks.values())
         wanted = max(2, self._engines)
         if not self.rollout.cut_tail:
-            scorers = [role.num_actors for name, role in self.roles.items() if name != "rollout"]
-            wanted = min(wanted, max(SHARDS_A_RANK * ranks, *scorers))
+            wanted = min(wanted, SHARDS_A_RANK * ranks)
         return ranks * -(-wanted // ranks)
 
     @property

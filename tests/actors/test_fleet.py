@@ -300,21 +300,21 @@ def test_what_engines_sample_is_handed_out_once_they_have_said_what_the_policy_s
 def test_who_waits_until_the_engines_serve_waits_for_a_whole_sync_whatever_comes_of_it(lab):
     """But not for the first one, nor for one after `begin_again`: in these the engines may wait for whoever waits."""
     two = lab()
-    ray.get(two.fleet.served())
+    ray.get(two.fleet.synced())
     two.sync(7)
-    served = two.fleet.served()
+    synced = two.fleet.synced()
     two.sync(8)
-    ray.get(served)
-    served = two.fleet.served()
-    assert not ray.wait([served], timeout=0.5)[0]
+    ray.get(synced)
+    synced = two.fleet.synced()
+    assert not ray.wait([synced], timeout=0.5)[0]
     gone = two.folder / "writer-is-gone"
     gone.touch()
     with pytest.raises(RuntimeError, match="no such process wrote weights"):
         two.sync(9)
-    ray.get(served)
+    ray.get(synced)
     gone.unlink()
     two.fleet.begin_again()
-    ray.get(two.fleet.served())
+    ray.get(two.fleet.synced())
 
 
 def test_who_waits_until_the_engines_serve_does_not_begin_beside_their_loading(healing):
@@ -322,11 +322,45 @@ def test_who_waits_until_the_engines_serve_does_not_begin_beside_their_loading(h
     wait_for(lambda: len(healing.numbers(State.READY)) == 2)
     slow = healing.folder / f"slow-in-sync-{min(healing.numbers(State.READY))}"
     slow.touch()
-    served, loading = healing.fleet.served(), healing.fleet.begin_sync(FakeRollout.sync, 8, proof=proof_of(8))
-    assert not ray.wait([served], timeout=0.5)[0]
+    synced, loading = healing.fleet.synced(), healing.fleet.begin_sync(FakeRollout.sync, 8, proof=proof_of(8))
+    assert not ray.wait([synced], timeout=0.5)[0]
     slow.unlink()
-    ray.get(served)
+    ray.get(synced)
     healing.fleet.end_sync(loading)
+    assert healing.finish(healing.begin()) == right(version=8)
+
+
+def test_a_sync_does_not_wait_for_an_engine_that_waits_for_the_policy_who_waits_for_the_sync(healing):
+    """Suspect when the sync began, for it was stopped, it works again; but it never proved anything yet."""
+    healing.sync(7)
+    wait_for(lambda: len(healing.numbers(State.READY)) == 2)
+    unproved = max(healing.numbers(State.READY)) + 1
+    slow_proof = healing.folder / f"unproved-{unproved}"
+    slow_proof.touch()
+    first, second = healing.numbers(State.READY)
+    kill(healing, first)
+    wait_for((healing.folder / f"synced-{unproved}").exists)
+    kill(healing, second)  # so that the one that serves came later
+    wait_for(lambda: healing.numbers(State.READY) == [unproved + 1])
+    stop(healing, unproved)
+    wait_for(lambda: healing.numbers(State.SUSPECT) == [unproved])
+    slow_proof.unlink()
+    slow = healing.folder / f"slow-in-sync-{unproved + 1}"
+    slow.touch()
+
+    @ray.remote(num_cpus=0)
+    def policy(after: None) -> list[float]:
+        return [-8.0]
+
+    said = policy.remote(healing.fleet.synced())
+    loading = healing.fleet.begin_sync(FakeRollout.sync, 8, proof=Proof(8, [said], 0.01))
+    os.kill(healing.pid(unproved), signal.SIGCONT)
+    wait_for(lambda: (healing.folder / f"synced-{unproved}").read_text() == "8")
+    wait_for(lambda: healing.numbers(State.SYNCING) == [unproved, unproved + 1])
+    slow.unlink()
+    assert ray.wait([loading], timeout=WITHIN_S)[0]
+    healing.fleet.end_sync(loading)
+    wait_for(lambda: len(healing.numbers(State.READY)) == 2)
     assert healing.finish(healing.begin()) == right(version=8)
 
 

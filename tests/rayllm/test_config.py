@@ -249,12 +249,6 @@ def test_a_step_has_pieces_for_all_engines_that_may_come():
     assert (config.num_shards, config.pieces_per_shard) == (2, 4)
 
 
-def test_a_step_has_a_shard_for_every_scorer():
-    config = ppo("rollout.num_actors=16", "reference.num_actors=4").config
-    assert (config.num_shards, config.pieces_per_shard) == (4, 4)
-    assert ppo("rollout.num_actors=3", "reference.num_actors=4").config.num_shards == 3
-
-
 def test_where_the_tail_is_cut_each_engine_has_shards_of_its_own():
     """The late ones are taken a step later: as few as come late."""
     config = ppo("rollout.num_actors=8", "max_policy_lag=1", "rollout.cut_tail=true").config
