@@ -253,13 +253,24 @@ def test_everything_but_health_wants_the_key(server):
 
 @pytest.mark.scorecard("R69", "S21", tier="full")
 def test_too_many_requests_get_503(server):
+    url = f"{server.url}/chat/completions"
+    body = {"model": "tiny", "messages": _user("Hello"), "max_tokens": 100, "ignore_eos": True}
+
+    async def work(client, begun):
+        async with client.stream("POST", url, json=body | {"max_tokens": 400, "stream": True}) as response:
+            async for _ in response.aiter_lines():
+                begun.set()
+            return response
+
     async def burst():
-        body = {"model": "tiny", "messages": _user("Hello"), "max_tokens": 100, "ignore_eos": True}
         headers = {"Authorization": f"Bearer {KEY}"}
         limits = httpx2.Limits(max_connections=50)
         async with httpx2.AsyncClient(headers=headers, timeout=60, limits=limits) as client:
-            posts = [client.post(f"{server.url}/chat/completions", json=body) for _ in range(40)]
-            return await asyncio.gather(*posts)
+            begun = [asyncio.Event() for _ in range(8)]
+            at_work = [asyncio.create_task(work(client, event)) for event in begun]
+            await asyncio.gather(*[event.wait() for event in begun])  # what comes at once finds the queue full at 8
+            posts = [client.post(url, json=body) for _ in range(32)]
+            return [*await asyncio.gather(*posts), *await asyncio.gather(*at_work)]
 
     responses = asyncio.run(burst())
     codes = [r.status_code for r in responses]
