@@ -180,8 +180,9 @@ class FleetActor(Supervisor[Engine]):
         if not self._served:
             await self.started()
         self._sync, self._publishing = Sync(call, proof and proof.begun()), False
-        known = [engine for engine in self._in(State.READY, State.SUSPECT) if engine.proved]
-        serving = known if self._known() else self._up()
+        serving = self._up()
+        if self._known():
+            serving = [engine for engine in self._in(State.READY, State.SUSPECT) if engine.proved]
         self._again = False
         for engine in self._members.values():
             engine.health.behind()

@@ -33,7 +33,7 @@ from actors.fleet_actor import FleetActor
 from actors.group import ActorGroup, Role
 from actors.health import Deadlines
 from actors.member import Call
-from actors.proof import Answer, Proof, Served
+from actors.proof import Answer, Proof
 from actors.supervisor import Blueprint, Size
 from bench.fakes import FakeModelActor, FakeRolloutActor, shard_of
 from bench.figures import circumstances, console, spread, written
@@ -221,7 +221,7 @@ class _Engine:
 
     def remote(self, *arguments: Any, **settings: Any) -> Any:
         answer = asyncio.get_running_loop().create_future()
-        answer.set_result(Answer(self._shard, Served(0, [])))
+        answer.set_result(Answer(self._shard, None))
         return answer
 
 
