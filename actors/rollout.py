@@ -313,8 +313,8 @@ class RolloutActor(Prover):
         return None
 
     async def sleep(self, *, keep_weights: bool = False) -> None:
-        """Leave the GPU's memory to others, once the probe of the last `sync` is done; the next one wakes the engine. What
-        is asked for meanwhile is refused. ``keep_weights``, and errors: `VllmEngine.sleep`."""
+        """Leave the GPU's memory to others, once the probe of the last `sync` is done; the next one wakes the engine.
+        What is asked for meanwhile is refused. ``keep_weights``, and errors: `VllmEngine.sleep`."""
         await self.served()
         await self._engine.sleep(keep_weights=keep_weights)
 
