@@ -127,7 +127,8 @@ class RolloutFleet:
         options = {"num_cpus": 0, "max_concurrency": 10_000, "scheduling_strategy": here, "runtime_env": environment}
         self._actor = remote_cls.options(**options).remote(blueprint, size, deadlines)
         # Not started from there: that process comes up meanwhile.
-        self._actor.adopt.remote([blueprint.start(self._actor, number, number) for number in range(size.start)])
+        first = [blueprint.start(self._actor, number, number, deadlines) for number in range(size.start)]
+        self._actor.adopt.remote(first)
 
     def started(self) -> ray.ObjectRef:
         """Done when the first engines are set up."""

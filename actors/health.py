@@ -36,6 +36,11 @@ class Deadlines:
     work_s: float
     """Afterwards."""
 
+    @property
+    def report_s(self) -> float:
+        """Between two reports of its process: few of them, for one watcher may hear from a thousand processes."""
+        return min(max(self.work_s / 60, 0.5), 10.0)
+
 
 class Health:
     """Of one actor, from its start to its end. All times are seconds on the watcher's clock."""

@@ -70,9 +70,9 @@ class Blueprint:
     place: Callable[[int], dict[str, Any]] = _anywhere
     """Ray's options for the first place, the second and so on; who is started for a lost one gets the same."""
 
-    def start(self, supervisor: Any, number: int, place: int) -> Any:
-        options = self.place(place)
-        return start_watched(self.role, self.cls, self.arguments(number), supervisor, number, **options)
+    def start(self, supervisor: Any, number: int, place: int, deadlines: Deadlines) -> Any:
+        arguments, options = self.arguments(number), self.place(place)
+        return start_watched(self.role, self.cls, arguments, supervisor, number, deadlines.report_s, **options)
 
 
 class Supervisor(ABC, Generic[MemberT]):
@@ -189,7 +189,7 @@ class Supervisor(ABC, Generic[MemberT]):
             number, me = next(self._numbers), ray.get_runtime_context().current_actor
             taken = {member.place for member in self._members.values()}
             place = next(index for index in itertools.count() if index not in taken)
-            self._add(number, self._blueprint.start(me, number, place), place=place)
+            self._add(number, self._blueprint.start(me, number, place, self._deadlines), place=place)
             self._say(f"{self._members[number].name} starts")
 
     def _check_enough(self) -> None:

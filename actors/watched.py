@@ -1,7 +1,7 @@
 """The watched side of supervision: an actor's process counts what it does and says so from a thread of its own.
 
 `count` is called where work is done, in any thread. A thread of the same process sends the counters to the supervisor
-once a second; so a process that is stopped, a thread that hangs, and work that never ends all look the same from
+now and then; so a process that is stopped, a thread that hangs, and work that never ends all look the same from
 outside: counters that do not move. `end_process` writes down where a process stands and ends it with all its children.
 """
 
@@ -25,7 +25,6 @@ import ray
 from actors.counters import counters
 from actors.group import Role, actor_options, constructor, whereabouts
 
-REPORT_S = 1.0
 STACKS_S = 5.0
 """How long a process that is to be ended may take to say where it stands."""
 
@@ -48,43 +47,51 @@ class Report:
 
 
 def start_watched(
-    role: Role, cls: type, arguments: Mapping[str, Any], supervisor: Any, number: int, **options: Any
+    role: Role,
+    cls: type,
+    arguments: Mapping[str, Any],
+    supervisor: Any,
+    number: int,
+    every_s: float,
+    **options: Any,
 ) -> Any:
     """Start an actor of a plain class that reports to ``supervisor`` as ``number``.
 
     Args:
         supervisor: handle of an actor with ``report(number, Report)``.
+        every_s: between two reports.
         options: of Ray, over those of the role.
     """
     remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"__init__": _init_of(cls), "whereabouts": whereabouts}))
-    return remote_cls.options(**{**actor_options(role, cls), **options}).remote(supervisor, number, arguments)
+    return remote_cls.options(**{**actor_options(role, cls), **options}).remote(supervisor, number, every_s, arguments)
 
 
 def _init_of(cls: type) -> Any:
     construct = constructor(cls)
 
-    def init(self: Any, supervisor: Any, number: int, arguments: Mapping[str, Any]) -> None:
-        be_watched(supervisor, number)
+    def init(self: Any, supervisor: Any, number: int, every_s: float, arguments: Mapping[str, Any]) -> None:
+        be_watched(supervisor, number, every_s)
         construct(self, **arguments)
 
     return init
 
 
-def be_watched(supervisor: Any, name: Any, *, disk: bool = False) -> None:
+def be_watched(supervisor: Any, name: Any, every_s: float, *, disk: bool = False) -> None:
     """Before the actor's own constructor runs: that may be what hangs.
 
     Args:
         supervisor: handle of an actor with ``report(name, Report)``.
+        every_s: between two reports.
         disk: bytes that the process reads from disks or writes there count as progress.
     """
     if os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # with its children a group of its own, which can be ended as a whole
     stacks = tempfile.TemporaryFile()  # noqa: SIM115  it has no name, and lives as long as the process
     faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
-    threading.Thread(target=_report, args=(supervisor, name, stacks, disk), name="report", daemon=True).start()
+    threading.Thread(target=_report, args=(supervisor, name, every_s, stacks, disk), name="report", daemon=True).start()
 
 
-def _report(supervisor: Any, name: Any, stacks: Any, disk: bool) -> None:
+def _report(supervisor: Any, name: Any, every_s: float, stacks: Any, disk: bool) -> None:
     node = str(ray.get_runtime_context().get_node_id())
     process = psutil.Process()
     pid, started = process.pid, start_of(process.pid)
@@ -94,7 +101,7 @@ def _report(supervisor: Any, name: Any, stacks: Any, disk: bool) -> None:
             moved = process.io_counters()
             done["disk"] = moved.read_bytes + moved.write_bytes
         supervisor.report.remote(name, Report(node, pid, started, stacks.fileno(), done))
-        time.sleep(REPORT_S)
+        time.sleep(every_s)
 
 
 def end_process(report: Report) -> str:

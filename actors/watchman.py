@@ -42,11 +42,19 @@ class Place(NamedTuple):
     rank: int
 
 
+class Watching(NamedTuple):
+    """What a group needs to be watched."""
+
+    watchman: Any
+    every_s: float
+    """Between two reports of a process."""
+
+
 class _Watched:
     """What the watchman knows of a process."""
 
     def __init__(self, stall_s: float, now: float) -> None:
-        self.health = Health(Deadlines(max(stall_s, START_S), stall_s), now)
+        self.health = Health(_deadlines(stall_s), now)
         self.report: Report
         self._busy = False
 
@@ -119,14 +127,18 @@ async def _end(role: str, reports: Mapping[int, Report], why: str) -> tuple[str,
     return why, "".join(stood)
 
 
-def start_watchman(stall_s: float) -> Any:
-    """Its handle; it watches already."""
+def _deadlines(stall_s: float) -> Deadlines:
+    return Deadlines(max(stall_s, START_S), stall_s)
+
+
+def start_watchman(stall_s: float) -> Watching:
+    """It watches already."""
     here = NodeAffinitySchedulingStrategy(this_node(), soft=False)
     options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
     remote_cls: Any = ray.remote(Watchman)
     watchman = remote_cls.options(**options, runtime_env={"env_vars": worker_env(0)}).remote(stall_s)
     watchman.begin.remote()
-    return watchman
+    return Watching(watchman, _deadlines(stall_s).report_s)
 
 
 class WatchedGroup(ActorGroup[ActorT]):
@@ -139,9 +151,9 @@ class WatchedGroup(ActorGroup[ActorT]):
         arguments: Callable[[int], dict[str, Any]],
         seats: Seats | None = None,
         *,
-        watchman: Any,
+        watching: Watching,
     ) -> None:
-        self._watchman, self._generation = watchman, 0
+        self._watchman, self._every_s, self._generation = watching.watchman, watching.every_s, 0
         super().__init__(role, cls, arguments, seats)
 
     def guard(self) -> None:
@@ -166,12 +178,13 @@ class WatchedGroup(ActorGroup[ActorT]):
 
     def _arguments_of(self, rank: int) -> dict[str, Any]:
         place = Place(self.role.name, self._generation, rank)
-        return {"watchman": self._watchman, "place": place, **super()._arguments_of(rank)}
+        watched = {"watchman": self._watchman, "place": place, "every_s": self._every_s}
+        return {**watched, **super()._arguments_of(rank)}
 
 
 def _watched_init(construct: Callable[..., None]) -> Callable[..., None]:
-    def init(self: Any, watchman: Any, place: Place, **arguments: Any) -> None:
-        be_watched(watchman, place, disk=True)
+    def init(self: Any, watchman: Any, place: Place, every_s: float, **arguments: Any) -> None:
+        be_watched(watchman, place, every_s, disk=True)
         count(BEGUN)
         try:
             construct(self, **arguments)

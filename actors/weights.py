@@ -7,11 +7,12 @@ to the engine. Names are those of the Hugging Face checkpoint. Needs torch only.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +28,8 @@ from actors.tensors import bytes_of
 ALIGNMENT = 64
 """Bytes. Every tensor starts on such a boundary, so that a view of any dtype is legal."""
 
+CHECKED_TOGETHER = 1 << 20
+"""Bytes that still lie in a core's cache when they are looked at again."""
 
 ADAPTER_A, ADAPTER_B = ".lora_A", ".lora_B"
 """What the names of an adapter's two matrices add to that of the weight."""
@@ -43,12 +46,15 @@ class Memory:
     def __del__(self) -> None:
         os.close(self._fd)
 
-    def reserve(self, nbytes: int) -> None:
-        """Make ``array`` at least so long; what it holds stays."""
-        if nbytes > len(self.array):
-            nbytes = max(nbytes, 2 * len(self.array))
-            os.ftruncate(self._fd, nbytes)
-            self.array = np.frombuffer(mmap.mmap(self._fd, nbytes), dtype=np.uint8)
+    def reserve(self, nbytes: int) -> bool:
+        """Make ``array`` at least so long, if need be another one; what it holds stays. Returns whether it is another.
+        """
+        if nbytes <= len(self.array):
+            return False
+        nbytes = max(nbytes, 2 * len(self.array))
+        os.ftruncate(self._fd, nbytes)
+        self.array = np.frombuffer(mmap.mmap(self._fd, nbytes), dtype=np.uint8)
+        return True
 
     def place(self) -> Place:
         return Place(os.getpid(), self._fd)
@@ -126,8 +132,10 @@ def pack(
         RuntimeError: a weight is NaN or infinite: whoever reads the last version keeps it.
     """
     memory = memory or Memory()
+    flat = torch.from_numpy(memory.array)
     end = 0
     entries: dict[str, Entry] = {}
+    fresh: list[Entry] = []  # of one dtype, checked together: on its own a small one takes longer than its copy
     for name, tensor in named_tensors:
         if name in entries:
             raise ValueError(f"weights: {name} comes twice")
@@ -135,18 +143,21 @@ def pack(
         kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         start = end + -end % ALIGNMENT
         nbytes = tensor.numel() * kept.itemsize
-        entries[name] = Entry(name, str(kept).removeprefix("torch."), tuple(tensor.shape), start, nbytes)
-        memory.reserve(start + nbytes)
+        entry = Entry(name, str(kept).removeprefix("torch."), tuple(tensor.shape), start, nbytes)
+        if fresh and (fresh[0].dtype != entry.dtype or end - fresh[0].offset > CHECKED_TOGETHER):
+            _check_finite(fresh, flat, version)
+            fresh.clear()
+        entries[name] = entry
+        fresh.append(entry)
+        if memory.reserve(start + nbytes):
+            flat = torch.from_numpy(memory.array)
         memory.array[end:start] = 0
         end = start + nbytes
-        place = torch.from_numpy(memory.array[start:end]).view(kept).view(tensor.shape)
-        if tensor.device.type == "cpu":
-            tensor = place.copy_(tensor)  # which casts, without another copy between
-        else:
+        if tensor.device.type != "cpu":
             tensor = tensor.to(kept)  # there, for fewer bytes to fetch
-            place.copy_(tensor)
-        if nbytes and kept.is_floating_point and not all(map(torch.isfinite, torch.aminmax(tensor))):
-            raise RuntimeError(f"weights of version {version} are not handed out: {name} holds NaN or infinity")
+        _view(flat, [entry]).view(entry.shape).copy_(tensor)
+    if fresh:
+        _check_finite(fresh, flat, version)
     buffer = memory.array[:end]
     return WeightBundle(
         buffer=buffer,
@@ -157,14 +168,29 @@ def pack(
     )
 
 
+def _check_finite(entries: Sequence[Entry], flat: torch.Tensor, version: int) -> None:
+    """Of entries that lie side by side. Between them are zeros."""
+    values = _view(flat, entries)
+    if not values.numel() or not values.is_floating_point() or all(map(math.isfinite, torch.aminmax(values))):
+        return
+    if len(entries) == 1:
+        raise RuntimeError(f"weights of version {version} are not handed out: {entries[0].name} holds NaN or infinity")
+    for entry in entries:
+        _check_finite([entry], flat, version)
+
+
+def _view(flat: torch.Tensor, entries: Sequence[Entry]) -> torch.Tensor:
+    """From the first to the last, which are of one dtype and lie side by side."""
+    return flat[entries[0].offset : entries[-1].offset + entries[-1].nbytes].view(getattr(torch, entries[0].dtype))
+
+
 def unpack(bundle: WeightBundle) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in their order, as views of the buffer. A buffer out of Ray's store is read-only: do not write."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
         flat = torch.from_numpy(bundle.buffer)
     for entry in bundle.entries:
-        data = flat[entry.offset : entry.offset + entry.nbytes]
-        yield entry.name, data.view(getattr(torch, entry.dtype)).view(entry.shape)
+        yield entry.name, _view(flat, [entry]).view(entry.shape)
 
 
 def merged(bundle: WeightBundle, model_dir: Path | str) -> Iterator[tuple[str, torch.Tensor]]:

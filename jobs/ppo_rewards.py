@@ -14,7 +14,7 @@ from actors.placement import Placement
 from actors.reward_child import load_reward_function
 from actors.reward_source import SourceActor
 from actors.reward_verifiers import check_verifier
-from actors.watchman import WatchedGroup
+from actors.watchman import WatchedGroup, Watching
 from jobs.judging import check_world_rows
 from rayllm.algorithms.rewards import RunningMoments
 from rayllm.config.ppo import PPOConfig
@@ -43,7 +43,7 @@ class RewardGroups:
         return [Role(name, s.num_actors, s.cpus_per_actor, s.gpus_per_actor) for name, s in sources.items()]
 
     @classmethod
-    def start(cls, config: PPOConfig, prompts: PromptData, placement: Placement, watchman: Any) -> RewardGroups:
+    def start(cls, config: PPOConfig, prompts: PromptData, placement: Placement, watching: Watching) -> RewardGroups:
         """Start all actors; they come up in parallel."""
         shared = {
             "tokenizer": str(config.model),
@@ -58,7 +58,7 @@ class RewardGroups:
                 SourceActor,
                 lambda rank, arguments=arguments: arguments,  # type: ignore[misc]
                 placement.seats(role),
-                watchman=watchman,
+                watching=watching,
             )
         return cls(config.reward, groups)
 

@@ -68,12 +68,12 @@ class Roles:
         rollout = _start_engines(config, prompts, placement.seats(needed["rollout"]))
         if config.placement.mode == "colocated":
             rollout.call(RolloutActor.sleep, keep_weights=True)
-        watchman = start_watchman(config.recovery.stall_s)
+        watching = start_watchman(config.recovery.stall_s)
 
         def ranks(name: str, actor: type, arguments: Callable[[int], dict[str, Any]]) -> Any:
             """None in a run without the role."""
             role = needed.get(name)
-            return role and WatchedGroup(role, actor, arguments, placement.seats(role), watchman=watchman)
+            return role and WatchedGroup(role, actor, arguments, placement.seats(role), watching=watching)
 
         scoring = {
             "model": str(config.model),
@@ -93,7 +93,7 @@ class Roles:
                 lambda rank: {"rank": rank, "world_size": config.critic.num_actors, "config": config},
             ),
             reference=ranks("reference", ReferenceActor, lambda rank: scoring),
-            reward=RewardGroups.start(config, prompts, placement, watchman),
+            reward=RewardGroups.start(config, prompts, placement, watching),
         )
         roles.setups["rollout"] = [roles.rollout.started()]
         roles.setups.update({name: setup(group) for name, group in roles.models.items()})

@@ -38,8 +38,13 @@ DAEMONS = ("gcs_server", "raylet")
 LOG_BYTES, LOG_FILES = 32 << 20, 3
 """Of each process's log: Ray begins a new file at so many bytes and keeps so many of the old ones."""
 
-UNUSED = {"task_events_report_interval_ms": 0}
-"""Of Ray: what its head keeps of the last 100,000 calls, for a dashboard that is not there: 70 KiB a step of PPO."""
+UNUSED = {
+    "task_events_report_interval_ms": 0,  # what the head keeps of 100,000 calls for a dashboard: 70 KiB a step of PPO
+    "event_stats": False,  # the times of all that event loops do, in idle processes too, 100 times a second
+    "enable_worker_prestart": False,  # processes without our environment, in which nothing of ours runs
+    "prestart_worker_first_driver": False,
+}
+"""Of Ray: what nobody looks at here."""
 
 _TOKEN = secrets.token_hex(32)
 """What the sessions of this process ask of everyone who connects: Ray's daemons listen on every network."""

@@ -354,6 +354,7 @@ def test_a_sync_does_not_wait_for_an_engine_that_waits_for_the_policy_who_waits_
 
     said = policy.remote(healing.fleet.synced())
     loading = healing.fleet.begin_sync(FakeRollout.sync, 8, proof=Proof(8, [said], 0.01))
+    wait_for(lambda: healing.numbers(State.SYNCING) == [unproved + 1])  # else it may still prove the version before
     os.kill(healing.pid(unproved), signal.SIGCONT)
     wait_for(lambda: (healing.folder / f"synced-{unproved}").read_text() == "8")
     wait_for(lambda: healing.numbers(State.SYNCING) == [unproved, unproved + 1])

@@ -101,3 +101,8 @@ def test_a_sync_that_hangs_is_found_out(health):
     assert health.state is State.SYNCING
     assert health.look(5.5) is State.SUSPECT
     assert health.look(10.5) is State.DEAD
+
+
+def test_a_process_reports_seldom_unless_its_deadline_is_short():
+    every = {work_s: Deadlines(start_s=600.0, work_s=work_s).report_s for work_s in (1.0, 6.0, 60.0, 120.0, 600.0, 7200.0)}
+    assert every == {1.0: 0.5, 6.0: 0.5, 60.0: 1.0, 120.0: 2.0, 600.0: 10.0, 7200.0: 10.0}

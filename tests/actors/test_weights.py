@@ -93,6 +93,24 @@ def test_a_name_that_comes_twice_is_refused():
         pack([("w", torch.ones(1)), ("w", torch.ones(1))], version=0)
 
 
+def test_one_bad_number_is_found_wherever_it_lies_and_named():
+    tensors = {
+        "a": torch.ones(5), "b": torch.ones(()), "half": torch.ones(3, dtype=torch.float16), "count": torch.arange(7),
+        "c": torch.ones(2), "none": torch.ones(0, 4), "d": torch.ones(1 << 19), "e": torch.ones(9), "f": torch.ones(1),
+    }  # fmt: skip
+    assert pack(tensors.items(), version=3).shapes() == {name: tuple(t.shape) for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        if name in ("count", "none"):
+            continue
+        for spoiled in (float("nan"), float("inf"), -float("inf")):
+            bad = tensor.clone()
+            bad.view(-1)[-1] = spoiled
+            with pytest.raises(RuntimeError, match=rf"version 3 are not handed out: {name} holds"):
+                pack((tensors | {name: bad}).items(), version=3)
+    with pytest.raises(RuntimeError, match="not handed out: d holds"):  # float16 ends at 65,504
+        pack((tensors | {"d": torch.full((4,), 1e5)}).items(), version=3, dtype=torch.float16)
+
+
 def test_nothing_packs_to_an_empty_bundle():
     bundle = pack([], version=0)
     assert list(unpack(bundle)) == []
