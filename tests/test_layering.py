@@ -85,3 +85,12 @@ def test_importing_the_library_imports_no_backend():
 
 def test_who_only_supervises_does_not_wait_for_torch():
     assert not imported("import actors.watchman, actors.fleet_actor") & {"torch", "numpy"}
+
+
+def test_who_asks_for_the_size_of_a_model_imports_no_model(tiny_model_dir):
+    code = (
+        "from pathlib import Path; from rayllm.models.loading import *\n"
+        f"path = Path({str(tiny_model_dir)!r})\n"
+        "load_tokenizer(path), vocabulary_size(path), max_positions(path), is_sequence_classifier(path)"
+    )
+    assert not imported(code) & {"torch._dynamo", "transformers.models.auto.modeling_auto"}

@@ -72,7 +72,7 @@ def check_model_dir(path: Path, *, key: str) -> None:
         other = sorted(f.name for f in path.glob("*.bin")) + sorted(f.name for f in path.glob("*.pt"))
         hint = f" (found {other[0]}; convert it with save_pretrained, pickled weights are not read)" if other else ""
         raise InputError(f"{key}: {path} has no *.safetensors weights{hint}")
-    config = json.loads((path / "config.json").read_text())
+    config = _config_file(path)
     if "auto_map" in config and not _known_to_transformers(config.get("model_type")):
         raise InputError(f"{key}: {path} is a model of its own code ({config['auto_map']}), which is not run")
 
@@ -184,7 +184,7 @@ def load_sequence_classifier(
 
 def is_sequence_classifier(path: Path) -> bool:
     """Whether a model folder has a score head: a reward model or a critic."""
-    architectures = model_config(path).architectures or []
+    architectures = _config_file(path).get("architectures") or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
@@ -223,12 +223,26 @@ def count_stored_parameters(path: Path) -> int:
 
 def vocabulary_size(path: Path) -> int:
     """Rows of the model's embedding."""
-    return int(model_config(path).get_text_config().vocab_size)
+    return int(_setting(path, "vocab_size"))
 
 
 def max_positions(path: Path) -> int:
     """Longest sequence that the model takes, in tokens."""
-    return int(model_config(path).max_position_embeddings)
+    return int(_setting(path, "max_position_embeddings"))
+
+
+def _setting(path: Path, name: str) -> Any:
+    """Of a model's config: as its file says, for with its defaults transformers imports what models are made of, which
+    takes longer than all else that a driver imports of it."""
+    config = _config_file(path)
+    if config.get(name) is None or "text_config" in config:
+        return getattr(model_config(path).get_text_config(), name)
+    return config[name]
+
+
+def _config_file(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((path / "config.json").read_text())
+    return config
 
 
 def model_config(path: Path | str) -> Any:

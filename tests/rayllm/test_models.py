@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rayllm.config.base import is_on_hub, load_config
 from rayllm.config.sft import SftConfig
@@ -23,6 +23,7 @@ from rayllm.models.loading import (
     max_positions,
     num_parameters,
     save_model,
+    vocabulary_size,
 )
 from tests.conftest import TINY_SHAPE
 
@@ -38,6 +39,20 @@ def test_a_folder_round_trips_through_plain_transformers(tmp_path, tiny_tokenize
     assert again.generation_config.eos_token_id == tokenizer.eos_token_id  # generate() stops at the end of a turn
     assert count_stored_parameters(tmp_path) == num_parameters(model)
     assert max_positions(tmp_path) == TINY_SHAPE["max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AutoConfig.for_model("qwen3", vocab_size=70, max_position_embeddings=90),
+        AutoConfig.for_model("gpt2", vocab_size=70, n_positions=90),  # its file has another name for it
+        AutoConfig.for_model("gemma3", text_config={"vocab_size": 70, "max_position_embeddings": 90}),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_sizes_are_those_that_transformers_knows(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    assert (vocabulary_size(tmp_path), max_positions(tmp_path)) == (70, 90)
 
 
 def test_the_same_seed_gives_the_same_weights(tiny_tokenizer):
