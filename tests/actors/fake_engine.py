@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ class FakeEngine(VllmEngine):
 
     def __init__(self, model_dir: str, *, stop_token_ids: list[int], overrides: dict[str, Any]) -> None:
         self.import_seconds = self.init_seconds = 0.001
-        self.max_model_len, self.vocab_size = max_positions(model_dir), vocabulary_size(model_dir)
+        self.max_model_len, self.vocab_size = max_positions(Path(model_dir)), vocabulary_size(Path(model_dir))
         self.version = 0
         self.asleep = self._empty = False
         self.mood = "well"
