@@ -46,15 +46,12 @@ class Memory:
     def __del__(self) -> None:
         os.close(self._fd)
 
-    def reserve(self, nbytes: int) -> bool:
-        """Make ``array`` at least so long, if need be another one; what it holds stays. Returns whether it is another.
-        """
-        if nbytes <= len(self.array):
-            return False
-        nbytes = max(nbytes, 2 * len(self.array))
-        os.ftruncate(self._fd, nbytes)
-        self.array = np.frombuffer(mmap.mmap(self._fd, nbytes), dtype=np.uint8)
-        return True
+    def reserve(self, nbytes: int) -> None:
+        """Make ``array`` at least so long; what it holds stays."""
+        if nbytes > len(self.array):
+            nbytes = max(nbytes, 2 * len(self.array))
+            os.ftruncate(self._fd, nbytes)
+            self.array = np.frombuffer(mmap.mmap(self._fd, nbytes), dtype=np.uint8)
 
     def place(self) -> Place:
         return Place(os.getpid(), self._fd)
@@ -132,7 +129,6 @@ def pack(
         RuntimeError: a weight is NaN or infinite: whoever reads the last version keeps it.
     """
     memory = memory or Memory()
-    flat = torch.from_numpy(memory.array)
     end = 0
     entries: dict[str, Entry] = {}
     fresh: list[Entry] = []  # of one dtype, checked together: on its own a small one takes longer than its copy
@@ -145,19 +141,18 @@ def pack(
         nbytes = tensor.numel() * kept.itemsize
         entry = Entry(name, str(kept).removeprefix("torch."), tuple(tensor.shape), start, nbytes)
         if fresh and (fresh[0].dtype != entry.dtype or end - fresh[0].offset > CHECKED_TOGETHER):
-            _check_finite(fresh, flat, version)
+            _check_finite(fresh, torch.from_numpy(memory.array), version)
             fresh.clear()
         entries[name] = entry
         fresh.append(entry)
-        if memory.reserve(start + nbytes):
-            flat = torch.from_numpy(memory.array)
+        memory.reserve(start + nbytes)
         memory.array[end:start] = 0
         end = start + nbytes
         if tensor.device.type != "cpu":
             tensor = tensor.to(kept)  # there, for fewer bytes to fetch
-        _view(flat, [entry]).view(entry.shape).copy_(tensor)
+        _view(torch.from_numpy(memory.array), [entry]).view(entry.shape).copy_(tensor)
     if fresh:
-        _check_finite(fresh, flat, version)
+        _check_finite(fresh, torch.from_numpy(memory.array), version)
     buffer = memory.array[:end]
     return WeightBundle(
         buffer=buffer,

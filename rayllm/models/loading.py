@@ -126,7 +126,7 @@ def _embedded_tokens(path: Path) -> int | None:
     folder."""
     if not (path / "config.json").is_file():
         return None
-    config = json.loads((path / "config.json").read_text())
+    config = _config_file(path)
     found = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return None if found is None else int(found)
 
