@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from rayllm.algorithms.advantages import estimate
 from rayllm.algorithms.rewards import group_normalize, length_penalty, overlong_penalty, per_token_rewards
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.experience import Experience, check_finite, without_dropped
@@ -53,7 +54,8 @@ def completed(
     )
     if baselines is not None:
         baselines = _shaped(baselines, shard, config)
-    advantages, returns = config.algorithm.estimator(
+    advantages, returns = estimate(
+        config.algorithm.advantage,
         _token_rewards(shard, rewards, logprobs, ref_logprobs, kl_coef, config),
         shard.action_mask,
         values=values,

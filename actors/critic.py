@@ -14,8 +14,9 @@ from rayllm.algorithms.metrics import explained_variance
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.experience import Experience, concat
 from rayllm.models.engine import Engine
+from rayllm.models.folders import is_sequence_classifier, load_tokenizer
 from rayllm.models.heads import ScalarModel, token_values
-from rayllm.models.loading import is_sequence_classifier, load_tokenizer, save_model
+from rayllm.models.loading import save_model
 from rayllm.startup import without_garbage_collection
 
 

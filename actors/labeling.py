@@ -112,7 +112,7 @@ class Sampler(RolloutActor):
     """
 
     def __init__(self, *, sampling: dict[str, Any], steps: dict[str, int], folder: Path | None, **options: Any) -> None:
-        from rayllm.models.loading import load_tokenizer
+        from rayllm.models.folders import load_tokenizer
 
         super().__init__(**options)
         self._tokenizer = load_tokenizer(options["model_dir"])

@@ -29,7 +29,8 @@ from rayllm.data.experience import Experience, concat
 from rayllm.data.scores import Mix, Scores
 from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
-from rayllm.models.loading import DTYPES, load_causal_lm, load_tokenizer, save_model
+from rayllm.models.folders import load_tokenizer
+from rayllm.models.loading import DTYPES, load_causal_lm, save_model
 from rayllm.models.partial import adapters
 from rayllm.startup import without_garbage_collection
 

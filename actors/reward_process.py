@@ -15,8 +15,8 @@ from rayllm.data.experience import Experience
 from rayllm.data.samples import Failed
 from rayllm.data.steps import StepFinder
 from rayllm.errors import InputError
+from rayllm.models.folders import load_tokenizer
 from rayllm.models.heads import ScalarModel
-from rayllm.models.loading import load_tokenizer
 
 
 class ProcessScorer:

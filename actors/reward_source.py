@@ -58,7 +58,7 @@ class SourceActor:
         self.scorer = _scorer(source, reward_models)
         self.tokenizer: Any = None
         if not isinstance(source, ModelSource | ProcessSource):
-            from rayllm.models.loading import load_tokenizer
+            from rayllm.models.folders import load_tokenizer
 
             self.tokenizer = load_tokenizer(tokenizer)
         self._turn = asyncio.Lock()

@@ -88,7 +88,7 @@ class RolloutActor(Prover):
         set_environment()
         faults.reach("rollout.init")
         from rayllm.data.tokenizer import stop_token_ids
-        from rayllm.models.loading import load_tokenizer
+        from rayllm.models.folders import load_tokenizer
 
         tokenizer = load_tokenizer(model_dir)
         self._model_dir, self._seed, self._timeout_s = model_dir, seed, timeout_s

@@ -263,7 +263,7 @@ def show(result: dict[str, Any], to: Console) -> None:
 
 
 def main() -> None:
-    from rayllm.models.loading import count_stored_parameters
+    from rayllm.models.folders import count_stored_parameters
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)

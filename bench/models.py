@@ -11,8 +11,9 @@ import string
 from pathlib import Path
 
 from rayllm.data.tokenizer import train_tokenizer
+from rayllm.models.folders import load_tokenizer
 from rayllm.models.heads import ScalarModel
-from rayllm.models.loading import create_causal_lm, load_tokenizer, num_parameters, save_model
+from rayllm.models.loading import create_causal_lm, num_parameters, save_model
 
 MAX_POSITIONS = 512
 SIZES = {

@@ -27,7 +27,7 @@ from bench.process_watch import ProcessWatch
 from bench.workload import GROUPS, NUM_RESPONSES, make_prompts, settings
 from rayllm.data.files import write_parquet
 from rayllm.lineage import write_json
-from rayllm.models.loading import count_stored_parameters, load_tokenizer
+from rayllm.models.folders import count_stored_parameters, load_tokenizer
 
 COLD_STEPS = 2
 

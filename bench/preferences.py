@@ -31,7 +31,7 @@ from rayllm.data.files import write_parquet
 from rayllm.data.prompts import PromptData, read_prompts
 from rayllm.data.rollout import Rollout, collate
 from rayllm.lineage import write_json
-from rayllm.models.loading import load_tokenizer
+from rayllm.models.folders import load_tokenizer
 from rayllm.report.run import read_run
 from rayllm.world.summary import summarize
 

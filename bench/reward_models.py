@@ -31,7 +31,7 @@ from rayllm.config.reward_model import RewardModelConfig
 from rayllm.config.sft import SftConfig
 from rayllm.data.files import read_rows, write_parquet
 from rayllm.data.preferences import read_rankings
-from rayllm.models.loading import load_tokenizer
+from rayllm.models.folders import load_tokenizer
 from rayllm.report.reward import REPORT
 
 SEEDS = (0, 1, 2)

@@ -30,7 +30,7 @@ from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
 from rayllm.lineage import write_json
-from rayllm.models.loading import count_stored_parameters
+from rayllm.models.folders import count_stored_parameters
 
 COLD, REPEATS = 2, 20
 

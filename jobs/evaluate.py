@@ -28,7 +28,7 @@ from rayllm.data.text import held_out_text
 from rayllm.data.tokenizer import end_of_text_id
 from rayllm.errors import InputError
 from rayllm.lineage import content_id, read_manifest, write_json
-from rayllm.models.loading import check_model_dir, load_tokenizer, max_positions
+from rayllm.models.folders import check_model_dir, load_tokenizer, max_positions
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done, print_preamble
 from rayllm.world.judge import Judgement

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayllm.data.files import Row
-from rayllm.data.rollout import Rollout
 from rayllm.errors import InputError
 from rayllm.world.judge import Judgement, judge
 from rayllm.world.prompts import Prompt
+
+if TYPE_CHECKING:  # torch
+    from rayllm.data.rollout import Rollout
 
 
 def response_text(tokenizer: Any, rollout: Rollout) -> str:

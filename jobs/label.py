@@ -27,7 +27,7 @@ from rayllm.data.files import Row, check_data_file, write_parquet
 from rayllm.data.preferences import Ranking, read_rankings
 from rayllm.data.prompts import PromptData, read_prompts
 from rayllm.errors import InputError
-from rayllm.models.loading import check_model_dir, check_same_tokens, load_tokenizer, max_positions
+from rayllm.models.folders import check_model_dir, check_same_tokens, load_tokenizer, max_positions
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done, print_preamble
 from rayllm.world.judge import judge

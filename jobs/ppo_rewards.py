@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.group import Role, collect
 from actors.placement import Placement
-from actors.reward_child import load_reward_function
 from actors.reward_source import SourceActor
-from actors.reward_verifiers import check_verifier
 from actors.watchman import WatchedGroup, Watching
-from jobs.judging import check_world_rows
 from rayllm.algorithms.rewards import RunningMoments
 from rayllm.config.ppo import PPOConfig
-from rayllm.config.reward import FunctionSource, RewardConfig, SourcesConfig, VerifierSource
+from rayllm.config.reward import RewardConfig, SourcesConfig
 from rayllm.data.prompts import PromptData
 from rayllm.data.scores import Mix, ShardStats
-from rayllm.errors import InputError, RewardError
-from rayllm.models.loading import check_model_dir, check_same_tokens
+from rayllm.errors import RewardError
 
 ShardScores = tuple[Any, ...]
 """References to one shard's ``Scores``, a source each."""
@@ -158,38 +153,3 @@ def check_failures(step: list[ShardStats], sources: Mapping[str, SourcesConfig])
             )
     if not any(shard.num_kept for shard in step):
         raise RewardError(f"no response of the step is left to learn from: {'; '.join(problems(step))}")
-
-
-def check_sources(config: PPOConfig) -> None:
-    """Raise InputError unless every source's model, function, package or sandbox is there."""
-    for name, source in config.reward.by_name.items():
-        if isinstance(source, FunctionSource):
-            load_reward_function(source.function)
-        elif isinstance(source, VerifierSource):
-            check_verifier(source)
-        elif source.kind == "model":
-            for folder in source.folders:
-                check_reader(config.model, folder, key=f"reward.sources.{name}.model")
-        elif source.kind == "process":
-            check_reader(config.model, source.model, key=f"reward.sources.{name}.model")
-
-
-def check_reader(model: Path, folder: Path, *, key: str) -> None:
-    """Raise InputError unless a folder is a model that reads the policy's tokens."""
-    check_model_dir(folder, key=key)
-    check_same_tokens(model, folder, key=key)
-
-
-def check_rows(config: RewardConfig, prompts: PromptData, *, key: str) -> None:
-    """Raise InputError unless every prompt has what the sources read of it."""
-    for name, source in config.by_name.items():
-        if source.kind == "gold":
-            check_world_rows(prompts.rows, key=key)
-        if not isinstance(source, VerifierSource) or not source.needs_column:
-            continue
-        for index, row in enumerate(prompts.rows):
-            if row.get(source.column) is None:
-                raise InputError(
-                    f"{key}: row {index}: no {source.column!r}, which reward.sources.{name}.column names; the row has: "
-                    f"{', '.join(row)}"
-                )

@@ -34,7 +34,9 @@ from jobs.ppo_rewards import RewardGroups
 from rayllm.checkpoints import Files
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
-from rayllm.models.loading import max_positions, vocabulary_size
+from rayllm.data.scores import Mix
+from rayllm.models.folders import max_positions, vocabulary_size
+from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 
 
@@ -176,6 +178,10 @@ class Roles:
         """Of every shard by the critic; None each without one."""
         return [None] * len(shards) if self.critic is None else self.critic.map(CriticActor.values, shards)
 
+    def experience(self, shards: list[Any], *given: Any, mix: Mix, kl_coef: float) -> list[Any]:
+        """Of every shard with what was found of it: `PolicyActor.experience`."""
+        return self.policy.map(PolicyActor.experience, shards, *given, mix=mix, kl_coef=kl_coef)
+
     def greedy_scores(self, shards: list[Any], step: int) -> list[Any]:
         """Columns of what each source gives the greedy response to every row's prompt (ReMax); none where nobody asks
         for it."""
@@ -281,6 +287,14 @@ class Roles:
         self.policy.call(PolicyActor.export, str(job.model_dir.absolute()))
         if self.critic is not None:
             self.critic.call(CriticActor.export, str((job.dir / "critic").absolute()))
+
+
+def trained_parameters(config: PPOConfig) -> dict[str, tuple[int, int] | None]:
+    """Learner -> what `plan_trained` says of it."""
+    trained = {"policy": plan_trained(config.model, config.policy.learner)}
+    if "critic" in config.learner_ranks:
+        trained["critic"] = plan_trained(config.critic_start, config.critic.learner, scalar=True)
+    return trained
 
 
 def setup(group: ActorGroup[Any]) -> list[Any]:

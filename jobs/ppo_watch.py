@@ -141,6 +141,11 @@ class Watch:
         documents, limit = config.eval.documents, config.max_bad_rows
         self._text = None if documents is None else held_out_text(documents, tokenizer, max_bad_rows=limit)
 
+    @property
+    def shown(self) -> dict[str, float]:
+        """Of ``last``, for the screen."""
+        return _shown(self.last)
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
@@ -160,7 +165,7 @@ class Watch:
         for problem in self.controls.problems:
             self.job.note(f"step {step}: {problem}")
         self._heed(step, alarms(metrics, kl_estimator=self.config.algorithm.kl_estimator))
-        self.progress.update(step, {name: value for name, value in metrics.items() if name in SHOWN})
+        self.progress.update(step, _shown(metrics))
         self.batches.done()
         self._boundary = self._state(step)
         if step % self.config.checkpoint.every_steps == 0 or step == self.config.num_steps:
@@ -303,3 +308,7 @@ class Watch:
             self.job.log(0, startup | self.evaluate())
         self.first_step = step
         self._boundary = state
+
+
+def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name in SHOWN}

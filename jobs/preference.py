@@ -18,7 +18,7 @@ from rayllm.data.comparisons import Comparison, compared, judged
 from rayllm.data.preferences import Feedback, FeedbackData, Ranking, RankingData, read_feedback, read_rankings
 from rayllm.data.sources import check_sources, kept
 from rayllm.errors import InputError
-from rayllm.models.loading import check_model_dir, load_tokenizer
+from rayllm.models.folders import check_model_dir, load_tokenizer
 from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 from rayllm.report.terminal import mark_example, print_preamble

@@ -25,7 +25,8 @@ from rayllm.data.batching import BatchOrder
 from rayllm.data.comparisons import Comparison
 from rayllm.data.padding import pad_right
 from rayllm.models.engine import Engine
-from rayllm.models.loading import load_causal_lm, load_tokenizer, save_model
+from rayllm.models.folders import load_tokenizer
+from rayllm.models.loading import load_causal_lm, save_model
 
 SUMS = ("loss", "right", "weight", "chosen", "chosen_weight", "rejected", "rejected_weight", "kl")
 """What the metrics of a batch are made of; micro-batches and ranks add up."""

@@ -22,7 +22,8 @@ from rayllm.data.files import check_data_file
 from rayllm.data.text import PackedRows, tokenize_documents
 from rayllm.errors import InputError
 from rayllm.models.engine import Engine
-from rayllm.models.loading import check_tokenizer_dir, create_causal_lm, load_tokenizer, save_model
+from rayllm.models.folders import check_tokenizer_dir, load_tokenizer
+from rayllm.models.loading import create_causal_lm, save_model
 from rayllm.report.run import Run
 from rayllm.report.terminal import mark_example, print_preamble
 

@@ -25,8 +25,9 @@ from rayllm.data.sources import check_sources
 from rayllm.data.steps import LabelledSteps, read_steps
 from rayllm.errors import InputError
 from rayllm.models.engine import Engine
+from rayllm.models.folders import check_model_dir, load_tokenizer
 from rayllm.models.heads import ScalarModel
-from rayllm.models.loading import check_model_dir, load_tokenizer, save_model
+from rayllm.models.loading import save_model
 from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 from rayllm.report.terminal import mark_example, print_preamble

@@ -24,8 +24,9 @@ from rayllm.data.sources import check_sources, kept
 from rayllm.errors import InputError
 from rayllm.lineage import write_json
 from rayllm.models.engine import Engine
+from rayllm.models.folders import check_model_dir, load_tokenizer
 from rayllm.models.heads import ScalarModel, sequence_rewards
-from rayllm.models.loading import check_model_dir, load_tokenizer, save_model
+from rayllm.models.loading import save_model
 from rayllm.models.partial import plan_trained
 from rayllm.report.html import write_report
 from rayllm.report.reward import REPORT, Scored, pair_accuracy, reward_report

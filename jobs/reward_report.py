@@ -19,7 +19,7 @@ from rayllm.data.preferences import read_rankings
 from rayllm.data.sources import check_sources
 from rayllm.errors import InputError
 from rayllm.lineage import write_json
-from rayllm.models.loading import check_model_dir, load_tokenizer
+from rayllm.models.folders import check_model_dir, load_tokenizer
 from rayllm.report.html import write_report
 from rayllm.report.reward import REPORT, Scored, reward_report
 from rayllm.report.reward_view import reward_view

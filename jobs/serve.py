@@ -28,7 +28,7 @@ from rayllm.config.base import Loaded
 from rayllm.config.serve import ServeConfig, is_loopback
 from rayllm.errors import InputError
 from rayllm.lineage import check_files
-from rayllm.models.loading import check_model_dir, check_tokenizer_dir
+from rayllm.models.folders import check_model_dir, check_tokenizer_dir
 
 POLL_S = 1.0
 

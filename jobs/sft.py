@@ -25,7 +25,8 @@ from rayllm.data.sources import check_sources, kept, shown_paths
 from rayllm.data.text import PackedRows, tokenize_documents
 from rayllm.errors import InputError
 from rayllm.models.engine import Engine
-from rayllm.models.loading import check_model_dir, load_causal_lm, load_tokenizer, save_model
+from rayllm.models.folders import check_model_dir, load_tokenizer
+from rayllm.models.loading import load_causal_lm, save_model
 from rayllm.models.partial import plan_trained
 from rayllm.report.run import Run
 from rayllm.report.terminal import mark_example, print_preamble

@@ -14,7 +14,7 @@ from actors.trainer import TrainTask, fit
 from jobs import stopping
 from jobs.session import cluster_lives, ray_session
 from rayllm.config.common import TrainConfig
-from rayllm.models.loading import count_stored_parameters
+from rayllm.models.folders import count_stored_parameters
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress, print_done
 

@@ -10,7 +10,7 @@ from bench.ppo import main
 from bench.report import main as write_report
 from bench.reward_models_page import at_level, write_page
 from bench.workload import NEW_TOKENS, NUM_RESPONSES, make_prompts
-from rayllm.models.loading import count_stored_parameters, is_sequence_classifier
+from rayllm.models.folders import count_stored_parameters, is_sequence_classifier
 from tests.conftest import ROOT
 
 

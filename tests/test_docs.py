@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from jobs.cli import COMMANDS, parse
 from rayllm.algorithms import advantages
+from rayllm.algorithms.kinds import AdvantageKind
 from rayllm.config.base import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,11 +113,14 @@ def test_every_command_has_its_row():
 
 def test_the_worked_example_of_contributing_works():
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
-    registry: dict[str, advantages.Advantage] = {}
-    exec(code, {**vars(advantages), "ADVANTAGES": registry})
+    functions: dict[str, Callable[..., Any]] = {}
+    kinds: dict[str, AdvantageKind] = {}
+    registries = {"ADVANTAGES": functions, "ADVANTAGE_KINDS": kinds}
+    exec(code, {**vars(advantages), "AdvantageKind": AdvantageKind, **registries})
+    assert kinds["best_other"].needs_groups
     rewards = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 2.0], [float("nan"), 7.0]])
     mask = torch.tensor([[True, True]] * 3 + [[False, True]])
-    found, _ = registry["best_other"](
+    found, _ = functions["best_other"](
         rewards, mask, prompt_ids=torch.tensor([5, 5, 5, 6]), gamma=1.0, gae_lambda=1.0
     )
     assert found.tolist() == [[-2.0, -2.0], [1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]]  # 6 has no other response

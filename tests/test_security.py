@@ -28,7 +28,8 @@ from rayllm.data.chat import prompt_token_ids
 from rayllm.data.rows import RowError
 from rayllm.data.samples import Failed, Samples
 from rayllm.errors import InputError
-from rayllm.models.loading import check_model_dir, load_causal_lm, load_tokenizer
+from rayllm.models.folders import check_model_dir, load_tokenizer
+from rayllm.models.loading import load_causal_lm
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-secret-4711"

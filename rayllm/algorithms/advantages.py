@@ -3,19 +3,19 @@
 Shapes: B rows, T tokens; per-token tensors are (B, T) aligned to the sequences, per-response tensors (B,).
 Outside a mask every output is 0 and the inputs have no effect.
 
-``ADVANTAGES`` at the end of the file holds every estimator under one contract, that of ``Advantage.__call__``.
-A new one is a function and a line there.
+``ADVANTAGES`` at the end of the file holds every estimator under one contract, that of ``estimate``. A new one is a
+function, a line there and one in ``kinds.py``, which says what it needs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from rayllm.algorithms.checks import masked, require_dim, require_known, require_same_shape
+from rayllm.algorithms.kinds import ADVANTAGE_KINDS
 
 GROUP_KINDS = ("grpo", "dr_grpo", "rloo", "reinforce_baseline")
 
@@ -188,78 +188,62 @@ def whiten(
     return masked(whitened, mask)
 
 
-@dataclass(frozen=True)
-class Advantage:
-    """An estimator, and what a loop must bring to use it."""
+def estimate(
+    name: str,
+    token_rewards: torch.Tensor,
+    action_mask: torch.Tensor,
+    *,
+    values: torch.Tensor | None = None,
+    prompt_ids: torch.Tensor | None = None,
+    baseline: torch.Tensor | None = None,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantage of every action token, and the return that it was measured on.
 
-    function: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    """Takes the arguments of ``__call__`` and names those that it reads."""
+    gae and reinforce_pp go token by token: a reward inside a row (of a turn, or the KL penalty) counts for the
+    tokens up to it. The others know one score a row, the sum of its token rewards over all turns, and give
+    each action token the advantage of that score; gamma has no effect on them.
 
-    needs_critic: bool = False
-    """Reads ``values``."""
+    Args:
+        name: one of ``ADVANTAGES``.
+        token_rewards: (B, T), as ``per_token_rewards`` gives them.
+        action_mask: (B, T) bool. A row without an action token does not count in its group.
+        values: (B, T) critic estimates before each token.
+        prompt_ids: (B,) int, equal for responses to one prompt.
+        baseline: (B,) score of the greedy response to the row's prompt.
+        gamma: discount per action token, in [0, 1].
+        gae_lambda: bias/variance trade-off of gae, in [0, 1].
 
-    needs_groups: bool = False
-    """Reads ``prompt_ids``, and wants several responses to each prompt."""
+    Returns:
+        ``(advantages, returns)``, both (B, T) float32 and zero outside ``action_mask``. Returns are
+        ``advantages + values`` for gae, the discounted reward-to-go for reinforce_pp, the row's score for the
+        others.
 
-    needs_greedy_baseline: bool = False
-    """Reads ``baseline``: one more response to each prompt, decoded greedily, scored and not trained on."""
-
-    whitens: bool = False
-    """The caller whitens the advantages over the action tokens of the global batch, with ``whiten``."""
-
-    def __call__(
-        self,
-        token_rewards: torch.Tensor,
-        action_mask: torch.Tensor,
-        *,
-        values: torch.Tensor | None = None,
-        prompt_ids: torch.Tensor | None = None,
-        baseline: torch.Tensor | None = None,
-        gamma: float,
-        gae_lambda: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Advantage of every action token, and the return that it was measured on.
-
-        gae and reinforce_pp go token by token: a reward inside a row (of a turn, or the KL penalty) counts for the
-        tokens up to it. The others know one score a row, the sum of its token rewards over all turns, and give
-        each action token the advantage of that score; gamma has no effect on them.
-
-        Args:
-            token_rewards: (B, T), as ``per_token_rewards`` gives them.
-            action_mask: (B, T) bool. A row without an action token does not count in its group.
-            values: (B, T) critic estimates before each token.
-            prompt_ids: (B,) int, equal for responses to one prompt.
-            baseline: (B,) score of the greedy response to the row's prompt.
-            gamma: discount per action token, in [0, 1].
-            gae_lambda: bias/variance trade-off of gae, in [0, 1].
-
-        Returns:
-            ``(advantages, returns)``, both (B, T) float32 and zero outside ``action_mask``. Returns are
-            ``advantages + values`` for gae, the discounted reward-to-go for reinforce_pp, the row's score for the
-            others.
-
-        Raises:
-            ValueError: if an input that the estimator needs is missing, on shapes that do not fit or a factor that
-                it reads and that is outside [0, 1].
-        """
-        require_dim(2, token_rewards=token_rewards)
-        require_same_shape(token_rewards=token_rewards, action_mask=action_mask)
-        for name, tensor, needed in (
-            ("values", values, self.needs_critic),
-            ("prompt_ids", prompt_ids, self.needs_groups),
-            ("baseline", baseline, self.needs_greedy_baseline),
-        ):
-            if needed and tensor is None:
-                raise ValueError(f"this estimator needs {name}")
-        return self.function(
-            token_rewards,
-            action_mask,
-            values=values,
-            prompt_ids=prompt_ids,
-            baseline=baseline,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-        )
+    Raises:
+        ValueError: on an unknown name, if an input that the estimator needs is missing, on shapes that do not fit or a
+            factor that it reads and that is outside [0, 1].
+    """
+    require_known("name", name, ADVANTAGES)
+    require_dim(2, token_rewards=token_rewards)
+    require_same_shape(token_rewards=token_rewards, action_mask=action_mask)
+    kind = ADVANTAGE_KINDS[name]
+    for needs, tensor, needed in (
+        ("values", values, kind.needs_critic),
+        ("prompt_ids", prompt_ids, kind.needs_groups),
+        ("baseline", baseline, kind.needs_greedy_baseline),
+    ):
+        if needed and tensor is None:
+            raise ValueError(f"{name} needs {needs}")
+    return ADVANTAGES[name](
+        token_rewards,
+        action_mask,
+        values=values,
+        prompt_ids=prompt_ids,
+        baseline=baseline,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+    )
 
 
 def _gae(
@@ -310,16 +294,16 @@ def _spread(per_row: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
     return masked(per_row[:, None], action_mask)
 
 
-ADVANTAGES: dict[str, Advantage] = {
-    "gae": Advantage(_gae, needs_critic=True, whitens=True),
-    "grpo": Advantage(partial(_group, kind="grpo"), needs_groups=True),
-    "dr_grpo": Advantage(partial(_group, kind="dr_grpo"), needs_groups=True),
-    "rloo": Advantage(partial(_group, kind="rloo"), needs_groups=True),
-    "reinforce_pp": Advantage(_reward_to_go, whitens=True),
-    "reinforce_baseline": Advantage(partial(_group, kind="reinforce_baseline"), needs_groups=True, whitens=True),
-    "remax": Advantage(_greedy_baseline, needs_greedy_baseline=True),
+ADVANTAGES: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "gae": _gae,
+    "grpo": partial(_group, kind="grpo"),
+    "dr_grpo": partial(_group, kind="dr_grpo"),
+    "rloo": partial(_group, kind="rloo"),
+    "reinforce_pp": _reward_to_go,
+    "reinforce_baseline": partial(_group, kind="reinforce_baseline"),
+    "remax": _greedy_baseline,
 }
-"""Every estimator by its name in a config.
+"""Every estimator by its name in a config: takes the arguments of ``estimate`` and names those that it reads.
 
 Source: gae and the group kinds at ``gae`` and ``group_advantages``; REINFORCE++ https://arxiv.org/abs/2501.03262;
 ReMax https://arxiv.org/abs/2310.10505, algorithm 1.

@@ -29,9 +29,9 @@ from __future__ import annotations
 import torch
 
 from rayllm.algorithms.checks import masked, require_dim, require_known, require_same_shape
+from rayllm.algorithms.kinds import POLICY_KINDS
 from rayllm.algorithms.logprobs import token_logprobs
 
-POLICY_KINDS = ("ppo", "gspo", "cispo")
 AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from rayllm.algorithms.kinds import ADVANTAGE_KINDS, POLICY_KINDS, AdvantageKind
 from rayllm.config.base import Config
 from rayllm.config.common import ActorsConfig, LearnerConfig, OptimizerConfig, PlacementConfig, check_optimizer
 from rayllm.config.label import RolloutConfig
-
-if TYPE_CHECKING:
-    from rayllm.algorithms.advantages import Advantage
 
 
 class LearnerActorsConfig(ActorsConfig):
@@ -149,20 +147,14 @@ class AlgorithmConfig(Config):
         return self.num_epochs * self.num_minibatches
 
     @property
-    def estimator(self) -> Advantage:
-        """The entry of the registry that `advantage` names."""
-        from rayllm.algorithms.advantages import ADVANTAGES
-
-        return ADVANTAGES[self.advantage]
+    def estimator(self) -> AdvantageKind:
+        """What `advantage` needs."""
+        return ADVANTAGE_KINDS[self.advantage]
 
     @field_validator("advantage", "policy_loss")
     @classmethod
     def _is_registered(cls, name: str, info: ValidationInfo) -> str:
-        """The registries say what there is, so that a new estimator or loss touches one file."""
-        from rayllm.algorithms.advantages import ADVANTAGES
-        from rayllm.algorithms.losses import POLICY_KINDS
-
-        known = tuple(ADVANTAGES) if info.field_name == "advantage" else POLICY_KINDS
+        known = tuple(ADVANTAGE_KINDS) if info.field_name == "advantage" else POLICY_KINDS
         if name not in known:
             raise ValueError(f"{name!r} is not known; known: {', '.join(known)}")
         return name

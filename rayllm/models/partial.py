@@ -19,8 +19,8 @@ from torch import nn
 
 from rayllm.config.common import LearnerConfig, LoraConfig
 from rayllm.errors import InputError
+from rayllm.models.folders import model_config
 from rayllm.models.heads import ScalarModel
-from rayllm.models.loading import model_config
 
 ADAPTER = "default"
 """Peft's name for the only adapter."""

@@ -19,7 +19,7 @@ from actors.rollout import RolloutActor
 from actors.vllm_engine import Request, ResultT, Sampled, VllmEngine, stopped
 from actors.weight_group import Seat
 from actors.weights import safetensors_shapes
-from rayllm.models.loading import max_positions, vocabulary_size
+from rayllm.models.folders import max_positions, vocabulary_size
 
 MAX_TOKENS = 8
 

@@ -10,7 +10,7 @@ import torch
 from actors.policy import PolicyActor
 from jobs.ppo import check_mismatch
 from jobs.ppo_watch import PATIENCE, Watch
-from rayllm.algorithms.advantages import ADVANTAGES
+from rayllm.algorithms.kinds import ADVANTAGE_KINDS
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.rollout import Rollout, collate
@@ -49,7 +49,7 @@ EDGES = {
 
 
 @pytest.mark.scorecard("R49")
-@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("advantage", ADVANTAGE_KINDS)
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("rewards", ["equal", "apart"])
 def test_edge_cases_give_numbers_and_equal_rewards_teach_nothing(tmp_path, tiny_model_dir, advantage, edge, rewards):
@@ -60,14 +60,14 @@ def test_edge_cases_give_numbers_and_equal_rewards_teach_nothing(tmp_path, tiny_
     shard = batch(*EDGES[edge])
     given = torch.ones(4) if rewards == "equal" else torch.tensor([0.0, 1.0, 2.0, 3.0])
     zeros = torch.zeros(shard.sequences.shape)
-    estimator = ADVANTAGES[advantage]
+    kind = ADVANTAGE_KINDS[advantage]
     ids = sample_ids_of(shard.prompt_ids)
-    scores = [Scores("gold", ids, given)] * (2 if estimator.needs_greedy_baseline else 1)
-    values = zeros if estimator.needs_critic else None
+    scores = [Scores("gold", ids, given)] * (2 if kind.needs_greedy_baseline else 1)
+    values = zeros if kind.needs_critic else None
     found = policy.experience(shard, zeros, None, values, *scores, mix=MIX, kl_coef=0.0)
     assert found.advantages.isfinite().all() and found.returns.isfinite().all()
     assert not found.advantages[~found.action_mask].any()
-    if rewards == "equal" and (estimator.needs_groups or estimator.needs_greedy_baseline):
+    if rewards == "equal" and (kind.needs_groups or kind.needs_greedy_baseline):
         assert not found.advantages.any()
     assert len(found) == 4
 

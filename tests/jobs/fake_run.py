@@ -29,7 +29,7 @@ from jobs.ppo_watch import Controls, Watch
 from rayllm.config.base import load_config
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.prompts import PromptData
-from rayllm.models.loading import vocabulary_size
+from rayllm.models.folders import vocabulary_size
 from rayllm.report.run import Run
 from rayllm.report.terminal import Progress
 from tests.actors.fake_engine import FakeEngineActor

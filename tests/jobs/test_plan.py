@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import main
-from rayllm.models.loading import count_stored_parameters
+from rayllm.models.folders import count_stored_parameters
 from rayllm.planning.hardware import GIB
 from tests.conftest import ROOT
 

@@ -100,7 +100,8 @@ def server(tiny_model_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def greedy(tiny_model_dir):
     """Token ids of transformers' own greedy answer to a list of messages."""
-    from rayllm.models.loading import load_causal_lm, load_tokenizer
+    from rayllm.models.folders import load_tokenizer
+    from rayllm.models.loading import load_causal_lm
 
     model, tokenizer = load_causal_lm(tiny_model_dir), load_tokenizer(tiny_model_dir)
 
@@ -213,7 +214,7 @@ def test_stops_at_the_end_of_turn_token(server, tiny_tokenizer):
 
 def test_a_served_model_is_asked_as_a_judge(server, greedy, tiny_model_dir, monkeypatch):
     """It says nothing of use: the failure quotes its own greedy answer."""
-    from rayllm.models.loading import load_tokenizer
+    from rayllm.models.folders import load_tokenizer
 
     monkeypatch.setenv("JUDGE_KEY", KEY)
     source = JudgeSource(

@@ -20,7 +20,8 @@ from rayllm.data.preferences import read_rankings
 from rayllm.data.prompts import PromptStream, read_prompts
 from rayllm.data.tokenizer import CHAT_TEMPLATE
 from rayllm.errors import InputError
-from rayllm.models.loading import check_same_tokens, create_causal_lm, load_tokenizer, save_model
+from rayllm.models.folders import check_same_tokens, load_tokenizer
+from rayllm.models.loading import create_causal_lm, save_model
 from rayllm.report.terminal import printable
 from tests.conftest import TINY_SHAPE
 

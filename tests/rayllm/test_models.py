@@ -13,18 +13,15 @@ from rayllm.config.base import is_on_hub, load_config
 from rayllm.config.sft import SftConfig
 from rayllm.errors import InputError
 from rayllm.hub import fetch, fetch_inputs
-from rayllm.models.heads import ScalarModel, sequence_rewards, token_values
-from rayllm.models.loading import (
+from rayllm.models.folders import (
     check_model_dir,
     count_stored_parameters,
-    create_causal_lm,
-    load_causal_lm,
     load_tokenizer,
     max_positions,
-    num_parameters,
-    save_model,
     vocabulary_size,
 )
+from rayllm.models.heads import ScalarModel, sequence_rewards, token_values
+from rayllm.models.loading import create_causal_lm, load_causal_lm, num_parameters, save_model
 from tests.conftest import TINY_SHAPE
 
 

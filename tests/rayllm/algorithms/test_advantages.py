@@ -8,12 +8,14 @@ import torch
 from rayllm.algorithms.advantages import (
     ADVANTAGES,
     GROUP_KINDS,
+    estimate,
     gae,
     group_advantages,
     has_signal,
     masked_moments,
     whiten,
 )
+from rayllm.algorithms.kinds import ADVANTAGE_KINDS
 
 NAN = float("nan")
 
@@ -198,7 +200,8 @@ def test_registry_by_hand():
     }
     assert set(expected) == set(ADVANTAGES)
     for name, pair in expected.items():
-        result = ADVANTAGES[name](
+        result = estimate(
+            name,
             token_rewards,
             mask,
             values=values,
@@ -247,7 +250,7 @@ def test_registry_matches_a_loop_whatever_the_padding_and_order(name):
     mask[3] = False
     inputs = {"values": values, "prompt_ids": prompts, "baseline": baseline}
     factors = {"gamma": 0.9, "gae_lambda": 0.8}
-    advantages, returns = ADVANTAGES[name](token_rewards, mask, **inputs, **factors)
+    advantages, returns = estimate(name, token_rewards, mask, **inputs, **factors)
     lists = [x.tolist() for x in (token_rewards, mask, values, prompts, baseline)]
     torch.testing.assert_close(advantages, torch.tensor(registry_loop(name, *lists, *factors.values())))
 
@@ -255,17 +258,17 @@ def test_registry_matches_a_loop_whatever_the_padding_and_order(name):
     moved = {key: tensor[order] for key, tensor in inputs.items()}
     moved["values"] = torch.nn.functional.pad(moved["values"], (0, 4), value=NAN)
     padded = torch.nn.functional.pad(token_rewards[order], (0, 4), value=NAN)
-    again = ADVANTAGES[name](padded, torch.nn.functional.pad(mask[order], (0, 4)), **moved, **factors)
+    again = estimate(name, padded, torch.nn.functional.pad(mask[order], (0, 4)), **moved, **factors)
     for ours, theirs in zip(again, (advantages, returns), strict=True):
         torch.testing.assert_close(ours, torch.nn.functional.pad(theirs[order], (0, 4)))
 
 
-@pytest.mark.parametrize("name", [name for name in ADVANTAGES if ADVANTAGES[name].needs_groups])
+@pytest.mark.parametrize("name", [name for name, kind in ADVANTAGE_KINDS.items() if kind.needs_groups])
 def test_equal_scores_from_turns_at_other_tokens_have_no_advantage(name):
     token_rewards = torch.tensor(list(itertools.permutations([0.1, 0.2, 0.3, 0.7])))
     assert len(token_rewards.sum(1).unique()) > 1  # in float32 the order matters
     mask, prompts = torch.ones(24, 4).bool(), torch.zeros(24)
-    advantages, _ = ADVANTAGES[name](token_rewards, mask, prompt_ids=prompts, gamma=1.0, gae_lambda=1.0)
+    advantages, _ = estimate(name, token_rewards, mask, prompt_ids=prompts, gamma=1.0, gae_lambda=1.0)
     assert (advantages == 0).all()
 
 
@@ -273,18 +276,19 @@ def test_registry_says_what_an_estimator_needs():
     x, mask = torch.ones(2, 3), torch.ones(2, 3).bool()
     given = {"values": x, "prompt_ids": torch.tensor([0, 0]), "baseline": torch.ones(2)}
     factors = {"gamma": 1.0, "gae_lambda": 1.0}
-    for estimator in ADVANTAGES.values():
-        needs = (estimator.needs_critic, estimator.needs_groups, estimator.needs_greedy_baseline)
+    assert list(ADVANTAGE_KINDS) == list(ADVANTAGES)
+    for estimator, kind in ADVANTAGE_KINDS.items():
+        needs = (kind.needs_critic, kind.needs_groups, kind.needs_greedy_baseline)
         needed = {name: given[name] for name, flag in zip(given, needs, strict=True) if flag}
-        assert estimator(x, mask, **needed, **factors)[0].shape == (2, 3)
+        assert estimate(estimator, x, mask, **needed, **factors)[0].shape == (2, 3)
         for name in needed:
-            with pytest.raises(ValueError, match=f"needs {name}"):
-                estimator(x, mask, **{key: given[key] for key in given if key != name}, **factors)
+            with pytest.raises(ValueError, match=f"{estimator} needs {name}"):
+                estimate(estimator, x, mask, **{key: given[key] for key in given if key != name}, **factors)
             with pytest.raises(ValueError, match=rf"{name} \("):
-                estimator(x, mask, **{**needed, name: given[name][1:]}, **factors)
+                estimate(estimator, x, mask, **{**needed, name: given[name][1:]}, **factors)
         with pytest.raises(ValueError, match=r"token_rewards \(2, 3\), action_mask \(2, 2\)"):
-            estimator(x, mask[:, 1:], **needed, **factors)
-    whitened = [name for name, estimator in ADVANTAGES.items() if estimator.whitens]
+            estimate(estimator, x, mask[:, 1:], **needed, **factors)
+    whitened = [name for name, kind in ADVANTAGE_KINDS.items() if kind.whitens]
     assert whitened == ["gae", "reinforce_pp", "reinforce_baseline"]
 
 

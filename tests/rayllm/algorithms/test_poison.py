@@ -32,9 +32,9 @@ def labels(mask):
     return torch.where(mask, TOKEN_IDS, -100)
 
 
-def advantage(estimator, token_rewards, values, baseline, mask):
+def advantage(name, token_rewards, values, baseline, mask):
     inputs = {"values": values, "prompt_ids": PROMPT_IDS, "baseline": baseline}
-    return torch.stack(estimator(token_rewards, mask, **inputs, gamma=0.9, gae_lambda=0.8))
+    return torch.stack(advantages.estimate(name, token_rewards, mask, **inputs, gamma=0.9, gae_lambda=0.8))
 
 
 # "module.function" or "module.function[variant]" -> (kinds of the inputs, function of the inputs and the mask).
@@ -70,8 +70,8 @@ for averaged in (False, True):
         ["token"],
         partial(preference.response_logprobs, averaged=averaged),
     )
-for name, estimator in advantages.ADVANTAGES.items():
-    CASES[f"advantages.Advantage[{name}]"] = (["token", "token", "row"], partial(advantage, estimator))
+for name in advantages.ADVANTAGES:
+    CASES[f"advantages.estimate[{name}]"] = (["token", "token", "row"], partial(advantage, name))
 for kind in off_policy.WEIGHT_KINDS:
     CASES[f"off_policy.importance_weights[{kind}]"] = (
         ["token"] * 2,
