@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.carried import Carried
 from actors.environment import this_node, worker_env
 from actors.fleet_actor import EngineStatus, FleetActor
 from actors.group import Role, Seats, collect, whereabouts
@@ -103,7 +104,8 @@ def start_rollout_fleet(
     )
     deadlines = Deadlines(start_s=max(config.timeout_s, fleet.stall_s), work_s=fleet.stall_s)
     role, place = rollout_role(config), {} if seats is None else {"place": seats.options}
-    return RolloutFleet(Blueprint(role, RolloutActor, lambda number: arguments, setup, **place), size, deadlines)
+    blueprint = Blueprint(role, Carried(RolloutActor), lambda number: arguments, setup, **place)
+    return RolloutFleet(blueprint, size, deadlines)
 
 
 def probe_tokens(vocab_size: int, max_positions: int) -> list[int]:
@@ -161,8 +163,9 @@ class RolloutFleet:
         """Like `submit`, of several pieces each, which may go to several engines: ``join`` makes one of their answers.
         """
         references: dict[int, ray.ObjectRef] = {}
+        joining = join and Carried(join)
         for index in sorted(range(len(work)), key=lambda index: -sum(tokens[index])):
-            references[index] = self._submit(method.__name__, work[index], tokens[index], join, arguments)
+            references[index] = self._submit(method.__name__, work[index], tokens[index], joining, arguments)
         return [references[index] for index in range(len(work))]
 
     def _submit(self, *arguments: Any) -> ray.ObjectRef:

@@ -2,7 +2,7 @@
 
 Work comes in pieces and goes to the engine with the fewest tokens before it. When an engine is lost its unfinished
 pieces go to the others; what a sample says depends on seeds and weights alone, so nothing else changes. An answer
-passes through this process: it outlives the engine, and the node, that made it.
+passes through this process, unopened: it outlives the engine, and the node, that made it.
 
 The engines are supervised (``supervisor.py``): one that is lost is replaced. Whoever starts later than the others is
 set up like them, and makes the last sync, proved, before its first piece of work.
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from actors.carried import Carried, Delivery
 from actors.health import Deadlines, State
 from actors.member import Call, Lost, Member
 from actors.proof import Answer, Proof, Served
@@ -100,10 +101,10 @@ class FleetActor(Supervisor[Engine]):
         method: str,
         work: Sequence[Any],
         tokens: Sequence[int],
-        join: Callable[[list[Any]], Any] | None,
+        join: Carried[Callable[[list[Any]], Any]] | None,
         arguments: Mapping[str, Any],
-    ) -> Any:
-        """What the method of some engine returns, or of several engines, joined.
+    ) -> Delivery[Any]:
+        """What the method of some engine returns, or of several engines, joined where it arrives.
 
         Args:
             work: pieces; one that is a reference is waited for and goes on as a reference.
@@ -116,12 +117,10 @@ class FleetActor(Supervisor[Engine]):
             Exception: whatever the method raised.
         """
         pieces = [self._piece(method, piece, cost, arguments) for piece, cost in zip(work, tokens, strict=True)]
-        if len(pieces) == 1:
-            return await pieces[0]
-        assert join is not None, "several pieces want to be joined"
-        return join(await asyncio.gather(*pieces))
+        assert join is not None or len(pieces) == 1, "several pieces want to be joined"
+        return Delivery(await asyncio.gather(*pieces), join)
 
-    async def _piece(self, method: str, piece: Any, tokens: int, arguments: Mapping[str, Any]) -> Any:
+    async def _piece(self, method: str, piece: Any, tokens: int, arguments: Mapping[str, Any]) -> Carried[Any]:
         if isinstance(piece, ray.ObjectRef):  # an engine that waits for it would look as if it hung
             await asyncio.to_thread(ray.wait, [piece], fetch_local=False)
         lost: list[str] = []

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from actors.carried import Carried
+
 
 class Served(NamedTuple):
     """What an engine says of the weights of its last sync."""
@@ -24,7 +26,7 @@ class Served(NamedTuple):
 class Answer(NamedTuple):
     """What an engine was asked for."""
 
-    value: Any
+    value: Carried[Any]
     served: Served | None
     """None: its weights came without a text."""
 
@@ -72,7 +74,7 @@ class Prover:
     async def answer(self, method: str, work: Any, arguments: Mapping[str, Any]) -> Answer:
         """What one of its methods returns, with what it serves by then."""
         value = await getattr(self, method)(work, **arguments)
-        return Answer(value, await self.served())
+        return Answer(Carried(value), await self.served())
 
     async def served(self) -> Served | None:
         """What the weights that it serves make of the text that came with them."""

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from actors.environment import this_node
-from actors.weights import Memory, Place, WeightBundle, pack
+from actors.memory import Memory, Place
 
-if TYPE_CHECKING:  # who only samples needs no Ray
+if TYPE_CHECKING:  # who only samples needs no Ray, and who hands it on no torch
     import ray
+    import torch
+
+    from actors.weights import WeightBundle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,8 @@ class Published:
             RuntimeError: the weights lie on another node and were not put into the store.
         """
         import ray
+
+        from actors.weights import WeightBundle
 
         if self.node == this_node():
             content = self.place.read(self.end)
@@ -78,6 +82,8 @@ class Publisher:
             nodes: where the readers live; None: anywhere.
         """
         import ray
+
+        from actors.weights import pack
 
         bundle = pack(named_tensors, version=version, dtype=dtype, scaling=scaling, memory=self._memory)
         description = np.frombuffer(pickle.dumps((bundle.entries, bundle.scaling)), dtype=np.uint8)

@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 import torch
 
 from actors.counters import count
+from actors.memory import Memory
 from actors.vllm_engine import EXIT_CODE, EXIT_GRACE_S, FIXED_ARGS, ResultT, VllmEngine, stopped
 from actors.vllm_reload import retie
 from actors.weight_group import Seat, WeightGroup
-from actors.weights import Memory, pack, unpack
+from actors.weights import pack, unpack
 
 
 class WorkerExtension:

@@ -8,12 +8,13 @@ outside: counters that do not move. `end_process` writes down where a process st
 from __future__ import annotations
 
 import faulthandler
+import inspect
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import psutil
 import ray
 
+from actors.carried import Carried
 from actors.counters import counters
 from actors.group import Role, actor_options, constructor, whereabouts
 
@@ -62,18 +64,33 @@ def start_watched(
         every_s: between two reports.
         options: of Ray, over those of the role.
     """
-    remote_cls: Any = ray.remote(type(cls.__name__, (cls,), {"__init__": _init_of(cls), "whereabouts": whereabouts}))
+    remote_cls: Any = ray.remote(_shell(cls))
     return remote_cls.options(**{**actor_options(role, cls), **options}).remote(supervisor, number, every_s, arguments)
 
 
-def _init_of(cls: type) -> Any:
-    construct = constructor(cls)
+def _shell(cls: type) -> type:
+    """A class with the methods of another one, which stays carried until an actor is made: Ray imports the class of an
+    actor wherever its handle goes, and a supervisor has no use for what its actors are made of."""
+    carried = Carried(cls)
 
     def init(self: Any, supervisor: Any, number: int, every_s: float, arguments: Mapping[str, Any]) -> None:
         be_watched(supervisor, number, every_s)
-        construct(self, **arguments)
+        opened = carried.open()
+        self.inside = object.__new__(opened)
+        constructor(opened)(self.inside, **arguments)
 
-    return init
+    methods = {name: _handed_in(name, method) for name, method in inspect.getmembers(cls, inspect.isfunction)}
+    return type(cls.__name__, (), {**methods, "__init__": init, "whereabouts": whereabouts})
+
+
+def _handed_in(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.inside, name)(*args, **kwargs)
+
+    async def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await getattr(self.inside, name)(*args, **kwargs)
+
+    return wait if inspect.iscoroutinefunction(method) else call
 
 
 def be_watched(supervisor: Any, name: Any, every_s: float, *, disk: bool = False) -> None:

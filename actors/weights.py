@@ -1,20 +1,17 @@
 """Named tensors as one flat byte buffer, the form in which weights travel from a learner to the rollout engines.
 
-The buffer lies in memory that processes of this node map: all read the same pages, and nothing is copied on the way
-to the engine. Names are those of the Hugging Face checkpoint. Needs torch only.
+The buffer lies in memory that others on this node map (``memory.py``): all read the same pages, and nothing is copied
+on the way to the engine. Names are those of the Hugging Face checkpoint. Needs torch only.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
-import os
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +20,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 
+from actors.memory import Memory
 from actors.tensors import bytes_of
 
 ALIGNMENT = 64
@@ -33,49 +31,6 @@ CHECKED_TOGETHER = 1 << 20
 
 ADAPTER_A, ADAPTER_B = ".lora_A", ".lora_B"
 """What the names of an adapter's two matrices add to that of the weight."""
-
-
-class Memory:
-    """Bytes that other processes of this user on this node may map, for as long as this process lives. They have no
-    name in the file system, so that none is left behind by a process that is killed."""
-
-    def __init__(self) -> None:
-        self._fd = os.memfd_create("rayllm-weights")
-        self.array = np.empty(0, dtype=np.uint8)
-
-    def __del__(self) -> None:
-        os.close(self._fd)
-
-    def reserve(self, nbytes: int) -> None:
-        """Make ``array`` at least so long; what it holds stays."""
-        if nbytes > len(self.array):
-            nbytes = max(nbytes, 2 * len(self.array))
-            os.ftruncate(self._fd, nbytes)
-            self.array = np.frombuffer(mmap.mmap(self._fd, nbytes), dtype=np.uint8)
-
-    def place(self) -> Place:
-        return Place(os.getpid(), self._fd)
-
-
-class Place(NamedTuple):
-    """Where a `Memory` is found by another process of its node."""
-
-    pid: int
-    fd: int
-
-    def read(self, nbytes: int) -> np.ndarray:
-        """(nbytes,) uint8: the first ``nbytes`` bytes, read-only, as they change."""
-        return _mapped(self.pid, self.fd, nbytes)
-
-
-@lru_cache(maxsize=2)
-def _mapped(pid: int, fd: int, nbytes: int) -> np.ndarray:
-    """Kept from sync to sync: the pages of a new mapping would all fault again."""
-    opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDONLY)
-    try:
-        return np.frombuffer(mmap.mmap(opened, nbytes, prot=mmap.PROT_READ), dtype=np.uint8)
-    finally:
-        os.close(opened)
 
 
 class Entry(NamedTuple):

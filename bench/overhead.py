@@ -28,6 +28,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from actors.carried import Carried
 from actors.fleet import PROBE_TOKENS, RolloutFleet
 from actors.fleet_actor import FleetActor
 from actors.group import ActorGroup, Role
@@ -198,7 +199,7 @@ def measure() -> list[dict[str, Any]]:
         scorers = _start(SCORERS, 1)
         for num_actors, ranks in NUM_ACTORS:
             learners = _start(LEARNERS, ranks)
-            engines = Blueprint(Role("rollout", num_actors, CPUS, 0), FakeRolloutActor, lambda number: {})
+            engines = Blueprint(Role("rollout", num_actors, CPUS, 0), Carried(FakeRolloutActor), lambda number: {})
             fleet = CountingFleet(engines, Size(num_actors, 1, num_actors, 0, 0.0), Deadlines(60.0, 60.0))
             rows += [measure_one(work, learners | scorers, fleet, num_sequences) for num_sequences in NUM_SEQUENCES]
             for group in (*learners.values(), fleet):
@@ -214,20 +215,20 @@ class _Engine:
     """Stands for the handle of an engine: every call is answered when it is made."""
 
     def __init__(self, shard: Experience) -> None:
-        self._shard = shard
+        self._answer = Answer(Carried(shard), None)
 
     def __getattr__(self, method: str) -> _Engine:
         return self
 
     def remote(self, *arguments: Any, **settings: Any) -> Any:
         answer = asyncio.get_running_loop().create_future()
-        answer.set_result(Answer(self._shard, None))
+        answer.set_result(self._answer)
         return answer
 
 
 async def simulate(num_engines: int) -> list[float]:
     """Milliseconds of the fleet's own code in each step, one call of an engine after the other."""
-    blueprint = Blueprint(Role("rollout", num_engines, CPUS, 0), FakeRolloutActor, lambda number: {})
+    blueprint = Blueprint(Role("rollout", num_engines, CPUS, 0), Carried(FakeRolloutActor), lambda number: {})
     fleet = FleetActor(blueprint, Size(num_engines, 1, num_engines, 0, 0.0), Deadlines(60.0, 60.0))
     await fleet.adopt([_Engine(shard_of(SEQUENCES_EACH))] * num_engines)
     found = []
@@ -235,11 +236,12 @@ async def simulate(num_engines: int) -> list[float]:
         began = time.perf_counter()
         await fleet.sync(Call("sync"))
         pieces = num_engines // SHARDS_A_RANK
-        work = range(pieces), [1] * pieces, concat, {"step": step}
+        work = range(pieces), [1] * pieces, Carried(concat), {"step": step}
         shards = [fleet.work("experience", *work) for _ in range(SHARDS_A_RANK)]
-        joined: list[Experience] = await asyncio.gather(*shards)
+        joined = await asyncio.gather(*shards)
         found.append(1e3 * (time.perf_counter() - began))
-        assert sum(map(len, joined)) == num_engines * SEQUENCES_EACH
+        delivered: list[Experience] = pickle.loads(pickle.dumps(joined, protocol=5))
+        assert sum(map(len, delivered)) == num_engines * SEQUENCES_EACH
     return found[COLD:]
 
 

@@ -93,7 +93,7 @@ def test_it_takes_weights_and_proves_them_or_not(tiny_model_dir, other_tiny_mode
         assert await actor.sync(bundle, probe=probe) == 4
         rollouts, served = await actor.answer("generate", PROMPTS, SAMPLING)
         await Proof(4, [model._engine.prompt_logprobs(probe)], 1e-4).check(served, "it")
-        return rollouts
+        return rollouts.open()
 
     assert {v for rollout in asyncio.run(synced("well")) for v in rollout.policy_versions} == {4}
     with pytest.raises(RuntimeError, match="does not serve the policy's weights after the sync of version 4"):

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import ray
 
+from actors.carried import Carried
 from actors.fleet import RolloutFleet
 from actors.group import Role, collect
 from actors.health import Deadlines, State
@@ -47,7 +48,7 @@ class Lab:
         size = Size(self.start, self.least, self.most or self.start, self.max_restarts, 0.0)
         folder = self.folder
         engines = Blueprint(
-            Role("rollout", self.start, self.cpus, 0), FakeRollout, lambda number: {"number": number, "folder": folder},
+            Role("rollout", self.start, self.cpus, 0), Carried(FakeRollout), lambda number: {"number": number, "folder": folder},
             setup=[Call("set_prompts", (), {"known": True})],
         )  # fmt: skip
         self.fleet = RolloutFleet(engines, size, Deadlines(start_s=60.0, work_s=STALL_S))

@@ -477,7 +477,7 @@ def test_after_a_sync_an_answer_tells_which_weights_serve(local_ray, actor, mode
         bundle, policy, other = bundles[serving], models[serving], models[1 - serving]
         assert local_ray.get(actor.sync.remote(bundle, probe=text)) == bundle.version
         rollouts, served = local_ray.get(actor.answer.remote("generate", prompts, sampling))
-        assert {version for rollout in rollouts for version in rollout.policy_versions} == {bundle.version}
+        assert {version for rollout in rollouts.open() for version in rollout.policy_versions} == {bundle.version}
         assert served.version == bundle.version and local_ray.get(actor.served.remote()) == served
         asyncio.run(proof_of(policy, text, bundle.version).check(served, "it"))
         reason = rf"it does not serve the policy's weights after the sync of version {bundle.version}: its .* nats a token, 0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import time
 
 import psutil
@@ -58,6 +59,8 @@ def test_two_hundred_steps_leave_memory_store_and_files_as_they_were(local_ray, 
         run.watch.after = watched
         run.train()
         assert run.roles.rollout.call(RolloutActor.version) == [num_steps] * 2
+        modules = ray.get(run.roles.rollout._actor.__ray_call__.remote(lambda fleet: {*sys.modules}))
+        assert not modules & {"torch", "actors.rollout"}  # it hands on what it does not look at
     assert [event["step"] for event in events(tmp_path) if "metrics" in event] == list(range(1, num_steps + 1))
     (rss, store, files), (rss_end, store_end, files_end) = found[warm], found[num_steps]
     slope = (rss_end - rss) / (num_steps - warm)

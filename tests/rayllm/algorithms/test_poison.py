@@ -114,6 +114,7 @@ WITHOUT_MASK = {
     "checks.require_known": SHAPES,
     "checks.require_same_shape": SHAPES,
     "ensembles.combine_ensemble": SCORES,
+    "kinds.AdvantageKind": "facts, no number",
     "kl.next_kl_coef": "one number a step",
     "preference.Kind": SHAPES,
     "preference.kto_loss": SCORES,
