@@ -1,4 +1,4 @@
-"""Values that a process only hands on. There they stay pickled: it imports nothing for them, and copies nothing."""
+"""Values that a process only hands on. There they stay pickled: it imports nothing for them, and copies no array."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from ray import cloudpickle
-
 ValueT = TypeVar("ValueT")
 
 
 class Carried(Generic[ValueT]):
-    """Pickled where it is made, with its arrays beside it as they lie; travels as it is until somebody opens it."""
+    """Pickled where it is made, with its arrays beside it as they lie; travels as it is until somebody opens it.
+
+    Not for what holds an ``ObjectRef``: Ray would keep that object for ever.
+    """
 
     def __init__(self, value: ValueT) -> None:
+        from ray import cloudpickle
+
         self._buffers: list[Any] = []
         self._pickled = cloudpickle.dumps(value, protocol=5, buffer_callback=self._buffers.append)
 
     def open(self) -> ValueT:
-        """Another copy of the value; of its arrays only where it makes one."""
+        """The value, anew with each call; its arrays share the memory in which they came, and are read-only there."""
         value: ValueT = pickle.loads(self._pickled, buffers=self._buffers)
         return value
 

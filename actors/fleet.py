@@ -23,6 +23,7 @@ from actors.proof import Proof
 from actors.rollout import RolloutActor
 from actors.supervisor import Blueprint, Size
 from actors.vllm_engine import default_engine_args
+from actors.watched import shell
 from rayllm.config.environment import EnvironmentConfig
 from rayllm.config.label import RolloutConfig
 from rayllm.config.rl import FleetConfig
@@ -104,7 +105,7 @@ def start_rollout_fleet(
     )
     deadlines = Deadlines(start_s=max(config.timeout_s, fleet.stall_s), work_s=fleet.stall_s)
     role, place = rollout_role(config), {} if seats is None else {"place": seats.options}
-    blueprint = Blueprint(role, Carried(RolloutActor), lambda number: arguments, setup, **place)
+    blueprint = Blueprint(role, shell(RolloutActor), lambda number: arguments, setup, **place)
     return RolloutFleet(blueprint, size, deadlines)
 
 

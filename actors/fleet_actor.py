@@ -117,7 +117,6 @@ class FleetActor(Supervisor[Engine]):
             Exception: whatever the method raised.
         """
         pieces = [self._piece(method, piece, cost, arguments) for piece, cost in zip(work, tokens, strict=True)]
-        assert join is not None or len(pieces) == 1, "several pieces want to be joined"
         return Delivery(await asyncio.gather(*pieces), join)
 
     async def _piece(self, method: str, piece: Any, tokens: int, arguments: Mapping[str, Any]) -> Carried[Any]:

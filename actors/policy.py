@@ -13,9 +13,9 @@ import torch
 
 from actors.credit import completed
 from actors.learner import LearnerActor
-from actors.publishing import Published, Publisher
+from actors.publishing import Published, Publisher, Seat
 from actors.scoring import mean_nats
-from actors.weight_group import Seat, WeightGroup
+from actors.weight_group import WeightGroup
 from actors.weights import ADAPTER_A, ADAPTER_B
 from rayllm import faults
 from rayllm.algorithms.advantages import masked_moments, whiten
@@ -46,7 +46,7 @@ class PolicyActor(LearnerActor):
             ptx_tokens: the pretraining text to mix in, as ``tokenize_documents`` saved it.
         """
         super().__init__(rank=rank, world_size=world_size, config=config, role=config.policy)
-        self.estimator = config.algorithm.estimator
+        self.advantage_kind = config.algorithm.advantage_kind
         self._publisher = Publisher()
         self._ratio_max = torch.zeros(1)
         """Largest ratio of new to old probability in this step."""
@@ -100,12 +100,12 @@ class PolicyActor(LearnerActor):
         faults.reach("policy.update", rank=self.rank)
         self.begin_update(step)
         experience = self.joined(shards)
-        if self.estimator.whitens:
+        if self.advantage_kind.whitens:
             moments = self.engine.sum_tensor(masked_moments(experience.advantages, experience.action_mask))
             experience = experience.replace(
                 advantages=whiten(experience.advantages, experience.action_mask, moments=moments)
             )
-        if self.estimator.needs_critic and step < self.config.critic.warmup_steps:
+        if self.advantage_kind.needs_critic and step < self.config.critic.warmup_steps:
             if experience.logprobs is None:
                 experience = experience.replace(logprobs=self.logprobs(experience))
             return self._rollout_metrics(experience, step)

@@ -1,22 +1,46 @@
-"""Weights on their way from a learner to those who sample or score with them: what travels is where they lie."""
+"""Weights on their way from a learner to those who sample or score with them: what travels is where they lie, or where
+to meet. Who only hands that on needs no torch."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from actors.environment import this_node
 from actors.memory import Memory, Place
 
-if TYPE_CHECKING:  # who only samples needs no Ray, and who hands it on no torch
+if TYPE_CHECKING:  # who only samples needs no Ray
     import ray
     import torch
 
     from actors.weights import WeightBundle
+
+
+Kind = Literal["broadcast", "ipc"]
+
+
+class Seat(NamedTuple):
+    """One member's place in a `WeightGroup`; the learner's rank is 0."""
+
+    host: str
+    port: int
+    rank: int
+    world_size: int
+    kind: Kind
+
+    def moved(self, ranks: int) -> Seat:
+        return self._replace(rank=self.rank + ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Weights that the learner sends through the group that it and the engines have joined."""
+
+    version: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
 import torch
@@ -20,10 +19,9 @@ import torch
 from actors.conversation import Conversations
 from actors.environment import this_node
 from actors.proof import Prover, Served
-from actors.publishing import Published
+from actors.publishing import Published, Seat, Sent
 from actors.seeds import sample_seed
 from actors.vllm_engine import Request, make_engine, set_environment
-from actors.weight_group import Seat
 from actors.weights import WeightBundle, merged, read_safetensors, safetensors_shapes, unpack, verify
 from rayllm import faults
 from rayllm.config.environment import EnvironmentConfig
@@ -48,13 +46,6 @@ class RolloutInfo(TypedDict):
     omp_num_threads: int
     rss_bytes: int
     max_model_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """Weights that the learner sends through the group that it and the engines have joined."""
-
-    version: int
 
 
 class RolloutActor(Prover):

@@ -19,7 +19,6 @@ from typing import Any, Generic, TypeVar
 
 import ray
 
-from actors.carried import Carried
 from actors.group import Role
 from actors.health import Deadlines, State
 from actors.member import Call, Member, looks
@@ -61,8 +60,8 @@ class Blueprint:
     """What an actor is and how it starts."""
 
     role: Role
-    cls: Carried[type]
-    """Not imported by a supervisor before it starts one."""
+    cls: type
+    """A `shell`: whoever is given it imports nothing of the actor's."""
 
     arguments: Callable[[int], dict[str, Any]]
     """Number of the actor -> the constructor's keyword arguments."""
@@ -75,7 +74,7 @@ class Blueprint:
 
     def start(self, supervisor: Any, number: int, place: int, deadlines: Deadlines) -> Any:
         arguments, options = self.arguments(number), self.place(place)
-        return start_watched(self.role, self.cls.open(), arguments, supervisor, number, deadlines.report_s, **options)
+        return start_watched(self.role, self.cls, arguments, supervisor, number, deadlines.report_s, **options)
 
 
 class Supervisor(ABC, Generic[MemberT]):

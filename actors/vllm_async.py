@@ -19,9 +19,10 @@ import torch
 
 from actors.counters import count
 from actors.memory import Memory
+from actors.publishing import Seat
 from actors.vllm_engine import EXIT_CODE, EXIT_GRACE_S, FIXED_ARGS, ResultT, VllmEngine, stopped
 from actors.vllm_reload import retie
-from actors.weight_group import Seat, WeightGroup
+from actors.weight_group import WeightGroup
 from actors.weights import pack, unpack
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import set_num_threads  # vLLM replaces the attribute by a function that does nothing
 
-from actors.weight_group import Seat
+from actors.publishing import Seat
 from actors.weights import check_shapes, safetensors_shapes
 from rayllm.errors import EngineStopped
 from rayllm.startup import without_garbage_collection

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 
 from actors.counters import count
+from actors.publishing import Seat
 from actors.vllm_engine import (
     EXIT_CODE,
     EXIT_GRACE_S,
@@ -31,7 +32,7 @@ from actors.vllm_engine import (
     stopped,
 )
 from actors.vllm_reload import renew, renewable, retie
-from actors.weight_group import Seat, WeightGroup
+from actors.weight_group import WeightGroup
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ import ray
 from actors.carried import Carried
 from actors.counters import counters
 from actors.group import Role, actor_options, constructor, whereabouts
+from rayllm.startup import without_garbage_collection
 
 STACKS_S = 5.0
 """How long a process that is to be ended may take to say where it stands."""
@@ -48,36 +49,17 @@ class Report:
     counters: Mapping[str, int]
 
 
-def start_watched(
-    role: Role,
-    cls: type,
-    arguments: Mapping[str, Any],
-    supervisor: Any,
-    number: int,
-    every_s: float,
-    **options: Any,
-) -> Any:
-    """Start an actor of a plain class that reports to ``supervisor`` as ``number``.
-
-    Args:
-        supervisor: handle of an actor with ``report(number, Report)``.
-        every_s: between two reports.
-        options: of Ray, over those of the role.
-    """
-    remote_cls: Any = ray.remote(_shell(cls))
-    return remote_cls.options(**{**actor_options(role, cls), **options}).remote(supervisor, number, every_s, arguments)
-
-
-def _shell(cls: type) -> type:
+def shell(cls: type) -> type:
     """A class with the methods of another one, which stays carried until an actor is made: Ray imports the class of an
     actor wherever its handle goes, and a supervisor has no use for what its actors are made of."""
     carried = Carried(cls)
 
     def init(self: Any, supervisor: Any, number: int, every_s: float, arguments: Mapping[str, Any]) -> None:
         be_watched(supervisor, number, every_s)
-        opened = carried.open()
-        self.inside = object.__new__(opened)
-        constructor(opened)(self.inside, **arguments)
+        with without_garbage_collection():
+            opened = carried.open()
+            self.inside = object.__new__(opened)
+            constructor(opened)(self.inside, **arguments)
 
     methods = {name: _handed_in(name, method) for name, method in inspect.getmembers(cls, inspect.isfunction)}
     return type(cls.__name__, (), {**methods, "__init__": init, "whereabouts": whereabouts})
@@ -91,6 +73,28 @@ def _handed_in(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return await getattr(self.inside, name)(*args, **kwargs)
 
     return wait if inspect.iscoroutinefunction(method) else call
+
+
+def start_watched(
+    role: Role,
+    cls: type,
+    arguments: Mapping[str, Any],
+    supervisor: Any,
+    number: int,
+    every_s: float,
+    **options: Any,
+) -> Any:
+    """Start an actor that reports to ``supervisor`` as ``number``.
+
+    Args:
+        cls: a `shell`.
+        arguments: of its class's own constructor.
+        supervisor: handle of an actor with ``report(number, Report)``.
+        every_s: between two reports.
+        options: of Ray, over those of the role.
+    """
+    remote_cls: Any = ray.remote(cls)
+    return remote_cls.options(**{**actor_options(role, cls), **options}).remote(supervisor, number, every_s, arguments)
 
 
 def be_watched(supervisor: Any, name: Any, every_s: float, *, disk: bool = False) -> None:

@@ -12,11 +12,12 @@ import socket
 from collections.abc import Collection, Iterable, Iterator
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from actors.publishing import Seat
 from actors.weights import Entry, check_shapes
 
 BUCKET_BYTES = 256 << 20
@@ -25,22 +26,6 @@ TIMEOUT = timedelta(minutes=5)
 
 START_TIMEOUT = timedelta(minutes=30)
 """For the ranks of a learner to come together: some nodes are slow to start a process."""
-
-Kind = Literal["broadcast", "ipc"]
-
-
-class Seat(NamedTuple):
-    """One member's place in the group; the learner's rank is 0."""
-
-    host: str
-    port: int
-    rank: int
-    world_size: int
-    kind: Kind
-
-    def moved(self, ranks: int) -> Seat:
-        return self._replace(rank=self.rank + ranks)
-
 
 class Bucket(NamedTuple):
     """What is said before a bucket's bytes."""

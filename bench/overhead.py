@@ -36,6 +36,7 @@ from actors.health import Deadlines
 from actors.member import Call
 from actors.proof import Answer, Proof
 from actors.supervisor import Blueprint, Size
+from actors.watched import shell
 from bench.fakes import FakeModelActor, FakeRolloutActor, shard_of
 from bench.figures import circumstances, console, spread, written
 from bench.workload import PROMPT_TOKENS, settings
@@ -199,7 +200,7 @@ def measure() -> list[dict[str, Any]]:
         scorers = _start(SCORERS, 1)
         for num_actors, ranks in NUM_ACTORS:
             learners = _start(LEARNERS, ranks)
-            engines = Blueprint(Role("rollout", num_actors, CPUS, 0), Carried(FakeRolloutActor), lambda number: {})
+            engines = Blueprint(Role("rollout", num_actors, CPUS, 0), shell(FakeRolloutActor), lambda number: {})
             fleet = CountingFleet(engines, Size(num_actors, 1, num_actors, 0, 0.0), Deadlines(60.0, 60.0))
             rows += [measure_one(work, learners | scorers, fleet, num_sequences) for num_sequences in NUM_SEQUENCES]
             for group in (*learners.values(), fleet):
@@ -228,7 +229,7 @@ class _Engine:
 
 async def simulate(num_engines: int) -> list[float]:
     """Milliseconds of the fleet's own code in each step, one call of an engine after the other."""
-    blueprint = Blueprint(Role("rollout", num_engines, CPUS, 0), Carried(FakeRolloutActor), lambda number: {})
+    blueprint = Blueprint(Role("rollout", num_engines, CPUS, 0), shell(FakeRolloutActor), lambda number: {})
     fleet = FleetActor(blueprint, Size(num_engines, 1, num_engines, 0, 0.0), Deadlines(60.0, 60.0))
     await fleet.adopt([_Engine(shard_of(SEQUENCES_EACH))] * num_engines)
     found = []

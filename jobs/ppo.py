@@ -156,8 +156,8 @@ def startup_line(seconds: Mapping[str, float]) -> str:
     """What the start took, for people: roles start side by side."""
     roles = [f"{role} {seconds[role]:.1f} s" for role in ("rollout", "policy", "critic") if role in seconds]
     return (
-        f"[dim]ready after {seconds['all']:.1f} s: imports {seconds['imports']:.1f} s while Ray starts, "
-        f"then Ray and data {seconds['ray']:.1f} s; then side by side {', '.join(roles)} "
+        f"[dim]ready after {seconds['all']:.1f} s: imports {seconds['imports']:.1f} s, "
+        f"Ray and data {seconds['ray']:.1f} s after them; then side by side {', '.join(roles)} "
         f"(vLLM {seconds['vllm_import']:.1f} s to import and {seconds['vllm_engine']:.1f} s to start, "
         f"DeepSpeed {seconds['deepspeed']:.1f} s)[/dim]"
     )

@@ -25,11 +25,11 @@ from actors.member import Call
 from actors.placement import LEARNERS, Placed, Placement
 from actors.policy import PolicyActor
 from actors.proof import Proof
+from actors.publishing import Seat, Sent
 from actors.reference import ReferenceActor
 from actors.reward_source import SourceActor
-from actors.rollout import RolloutActor, Sent
+from actors.rollout import RolloutActor
 from actors.watchman import WatchedGroup, start_watchman
-from actors.weight_group import Seat
 from jobs.ppo_rewards import RewardGroups
 from rayllm.checkpoints import Files
 from rayllm.config.ppo import PPOConfig
@@ -185,7 +185,7 @@ class Roles:
     def greedy_scores(self, shards: list[Any], step: int) -> list[Any]:
         """Columns of what each source gives the greedy response to every row's prompt (ReMax); none where nobody asks
         for it."""
-        if not self.config.algorithm.estimator.needs_greedy_baseline:
+        if not self.config.algorithm.advantage_kind.needs_greedy_baseline:
             return []
         rows = self.config.prompts_per_step // len(shards) * self.config.samples_per_prompt
         tokens = [rows * self.config.rollout.max_new_tokens] * len(shards)

@@ -194,6 +194,7 @@ def _quiet_libraries(verbose: bool) -> None:
     os.environ.setdefault("RAY_ROTATION_MAX_BYTES", str(LOG_BYTES))
     os.environ.setdefault("RAY_ROTATION_BACKUP_COUNT", str(LOG_FILES))
     if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import puts its logger back
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls that nobody waits for any more
         for name in ("ray", "ray.train", "ray.serve", "transformers", "deepspeed", "DeepSpeed", "vllm"):
             logging.getLogger(name).setLevel(logging.ERROR)

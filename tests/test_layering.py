@@ -85,6 +85,19 @@ def test_importing_the_library_imports_no_backend():
 
 def test_who_only_supervises_does_not_wait_for_torch():
     assert not imported("import actors.watchman, actors.fleet_actor") & {"torch", "numpy"}
+    assert "torch" not in imported("import actors.publishing, rayllm.data.prompts, rayllm.config.environment")  # sent there
+
+
+def test_a_job_looks_at_its_inputs_before_it_imports_torch(tiny_model_dir, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi"}\n')
+    folders = [f"model={tiny_model_dir}", f"reward_model={tiny_model_dir}", f"run_dir={tmp_path / 'run'}"]
+    settings = [*folders, f"prompts={tmp_path / 'prompts.jsonl'}"]
+    code = (
+        "import jobs.cli, jobs.ppo; from jobs.ppo_inputs import check_inputs\n"
+        "from rayllm.config.base import load_config; from rayllm.config.ppo import PPOConfig\n"
+        f"check_inputs(load_config(PPOConfig, None, {settings!r}).config)"
+    )
+    assert not imported(code) & {"torch", "transformers"}
 
 
 def test_who_asks_for_the_size_of_a_model_imports_no_model(tiny_model_dir):
@@ -95,3 +108,4 @@ def test_who_asks_for_the_size_of_a_model_imports_no_model(tiny_model_dir):
         "check_model_dir(path, key='model'), count_stored_parameters(path)"
     )
     assert not imported(code) & {"torch", "transformers.models.auto.modeling_auto"}
+    assert not imported("import rayllm.models.loading") & {"torch._dynamo", "transformers"}

@@ -100,7 +100,7 @@ class PPOConfig(DataJobConfig):
     def roles(self) -> dict[str, ActorsConfig | RolloutConfig]:
         """Role -> its section, of this run's roles; `reward.NAME` is one of several sources."""
         found: dict[str, ActorsConfig | RolloutConfig] = {"policy": self.policy}
-        if self.algorithm.estimator.needs_critic:
+        if self.algorithm.advantage_kind.needs_critic:
             found["critic"] = self.critic
         if self.algorithm.kl_coef > 0 and self.policy.learner.lora.rank is None:  # else the policy without its adapters
             found["reference"] = self.reference
@@ -125,7 +125,7 @@ class PPOConfig(DataJobConfig):
     def learner_ranks(self) -> dict[str, int]:
         """Role -> number of ranks, of the roles that learn in this run."""
         ranks = {"policy": self.policy.num_actors}
-        return ranks | ({"critic": self.critic.num_actors} if self.algorithm.estimator.needs_critic else {})
+        return ranks | ({"critic": self.critic.num_actors} if self.algorithm.advantage_kind.needs_critic else {})
 
     @property
     def num_shards(self) -> int:
@@ -247,7 +247,7 @@ class PPOConfig(DataJobConfig):
                     f"reward_model: required but not given, {where} needs one (with reward.source=gold none is needed)"
                 )
         if self.reward.has("process"):
-            if self.algorithm.estimator.needs_groups or self.algorithm.estimator.needs_greedy_baseline:
+            if self.algorithm.advantage_kind.needs_groups or self.algorithm.advantage_kind.needs_greedy_baseline:
                 raise ValueError(
                     f"algorithm.advantage={self.algorithm.advantage} knows one score a response; a source of "
                     "kind process, in reward.sources, scores its steps: use gae or reinforce_pp"
@@ -261,7 +261,7 @@ class PPOConfig(DataJobConfig):
             raise ValueError("prompts: required but not given. " + PROMPTS_HELP)
         if self.reward.has("environment") and self.environment.name is None:
             raise ValueError("reward.source=environment: no environment.name given")
-        if self.environment.name is not None and self.algorithm.estimator.needs_greedy_baseline:
+        if self.environment.name is not None and self.algorithm.advantage_kind.needs_greedy_baseline:
             raise ValueError(
                 f"algorithm.advantage={self.algorithm.advantage} compares with one greedy response; an environment "
                 "has whole conversations: use another one"
@@ -277,7 +277,7 @@ class PPOConfig(DataJobConfig):
         if self.rollout.cut_tail and not self.max_policy_lag:
             raise ValueError("rollout.cut_tail=true carries responses over to later steps: set max_policy_lag above 0")
         groups = {
-            f"algorithm.advantage={self.algorithm.advantage}": self.algorithm.estimator.needs_groups,
+            f"algorithm.advantage={self.algorithm.advantage}": self.algorithm.advantage_kind.needs_groups,
             "shaping.normalize=group": self.shaping.normalize == "group",
             "shaping.resample_rounds": self.shaping.resample_rounds > 0,
         }

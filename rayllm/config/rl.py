@@ -147,7 +147,7 @@ class AlgorithmConfig(Config):
         return self.num_epochs * self.num_minibatches
 
     @property
-    def estimator(self) -> AdvantageKind:
+    def advantage_kind(self) -> AdvantageKind:
         """What `advantage` needs."""
         return ADVANTAGE_KINDS[self.advantage]
 

@@ -102,7 +102,7 @@ def _sampling(job: PPOConfig, engine: PlannedRole, machine: Machine, prompt_toke
         prompts=job.prompts_per_step / spec.num_actors, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         concurrency=engine.memory.concurrency or 1, cores=spec.cpus,
     )  # fmt: skip
-    greedy = job.algorithm.estimator.needs_greedy_baseline
+    greedy = job.algorithm.advantage_kind.needs_greedy_baseline
     return seconds * (1 + 1 / job.samples_per_prompt) if greedy else seconds
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.publishing import Seat
 from actors.rollout import RolloutActor
 from actors.vllm_engine import Request, ResultT, Sampled, VllmEngine, stopped
-from actors.weight_group import Seat
 from actors.weights import safetensors_shapes
 from rayllm.models.folders import max_positions, vocabulary_size
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,13 +16,13 @@ import psutil
 import pytest
 import ray
 
-from actors.carried import Carried
 from actors.fleet import RolloutFleet
 from actors.group import Role, collect
 from actors.health import Deadlines, State
 from actors.member import Call
 from actors.proof import Proof
 from actors.supervisor import Blueprint, Size
+from actors.watched import shell
 from rayllm.errors import FleetExhausted
 from tests.actors.fake_rollout import FakeRollout, Sample, expected, proof_of
 
@@ -48,7 +49,7 @@ class Lab:
         size = Size(self.start, self.least, self.most or self.start, self.max_restarts, 0.0)
         folder = self.folder
         engines = Blueprint(
-            Role("rollout", self.start, self.cpus, 0), Carried(FakeRollout), lambda number: {"number": number, "folder": folder},
+            Role("rollout", self.start, self.cpus, 0), shell(FakeRollout), lambda number: {"number": number, "folder": folder},
             setup=[Call("set_prompts", (), {"known": True})],
         )  # fmt: skip
         self.fleet = RolloutFleet(engines, size, Deadlines(start_s=60.0, work_s=STALL_S))
@@ -195,6 +196,8 @@ def test_a_restarted_engine_serves_only_after_a_proved_sync_of_the_newest_weight
     wait_for((healing.folder / f"synced-{newcomer}").exists)
     assert healing.finish(healing.begin()) == right(version=7)
     assert [engine.served for engine in healing.fleet.status() if engine.number == newcomer] == [0]
+    modules = ray.get(healing.fleet._actor.__ray_call__.remote(lambda fleet: {*sys.modules}))
+    assert "tests.actors.fake_rollout" not in modules  # it starts engines that it knows nothing of
     # New weights are about to be written over those that it reads: the writer waits, and what it read does not count.
     readers = healing.fleet.readers()
     assert not ray.wait([readers], timeout=0.5)[0]

@@ -16,12 +16,11 @@ import torch
 from actors import weight_group
 from actors.environment import this_node
 from actors.proof import Proof
-from actors.publishing import Publisher
-from actors.rollout import RolloutActor, Sent, sample_seed
+from actors.publishing import Publisher, Seat, Sent
+from actors.rollout import RolloutActor, sample_seed
 from actors.vllm_async import AsyncEngine
 from actors.vllm_engine import EXIT_GRACE_S
 from actors.vllm_stepped import SteppedEngine
-from actors.weight_group import Seat
 from actors.weights import pack, read_safetensors, unpack
 from rayllm.data.prompts import PromptSpan, PromptStream
 from rayllm.data.tokenizer import stop_token_ids

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from actors.carried import Carried
 from actors.fleet import RolloutFleet, probe_tokens
 from actors.group import ActorGroup, Role
 from actors.health import Deadlines
 from actors.member import Call
 from actors.publishing import Published
 from actors.supervisor import Blueprint, Size
+from actors.watched import shell
 from actors.weights import read_safetensors
 from bench.fakes import FakeModelActor
 from jobs.ppo import train
@@ -96,7 +96,7 @@ def fake_run(folder: Path, model: Path, *settings: str) -> Iterator[FakeRun]:
     setup = [Call(FakeEngineActor.set_prompts.__name__, (prompts.token_ids,), sampling)]
     role, count = Role("rollout", config.rollout.num_actors, CPUS, 0), config.rollout.num_actors
     rollout = RolloutFleet(
-        Blueprint(role, Carried(FakeEngineActor), lambda number: arguments, setup),
+        Blueprint(role, shell(FakeEngineActor), lambda number: arguments, setup),
         Size(start=count, least=1, most=count, max_restarts=config.rollout.max_restarts, wait_s=0.0),
         Deadlines(start_s=config.rollout.stall_s, work_s=config.rollout.stall_s),
     )

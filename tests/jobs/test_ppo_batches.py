@@ -9,13 +9,13 @@ import pytest
 import ray
 import torch
 
-from actors.carried import Carried
 from actors.fleet import RolloutFleet, generate
 from actors.group import ActorGroup, Role
 from actors.health import Deadlines
 from actors.proof import Prover
 from actors.rollout import RolloutActor
 from actors.supervisor import Blueprint, Size
+from actors.watched import shell
 from jobs.ppo_batches import Batches
 from jobs.ppo_rewards import RewardGroups
 from rayllm.config.base import load_config
@@ -68,7 +68,7 @@ class Scorer:
 
 @pytest.fixture(scope="module")
 def groups(local_ray):
-    engines = Blueprint(Role("rollout", 2, 0.1, 0), Carried(Sampler), lambda number: {"rank": number})
+    engines = Blueprint(Role("rollout", 2, 0.1, 0), shell(Sampler), lambda number: {"rank": number})
     sampler = RolloutFleet(engines, Size(2, 2, 2, 0, 0.0), Deadlines(60.0, 60.0))
     scorer = ActorGroup(Role("reward", 1, 0.1, 0), Scorer, lambda rank: {})
     yield sampler, scorer

@@ -14,12 +14,12 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from actors.carried import Carried
 from actors.fleet import RolloutFleet
 from actors.group import Role
 from actors.health import Deadlines
 from actors.member import Call
 from actors.supervisor import Blueprint, Size
+from actors.watched import shell
 from jobs import ppo, ppo_roles
 from jobs.ppo_recovery import Recovery
 from rayllm import faults
@@ -68,7 +68,7 @@ def start_fake_engines(config: PPOConfig, prompts: Any, seats: Any) -> RolloutFl
     setup = [Call(FakeEngineActor.set_prompts.__name__, (prompts.token_ids,), sampling)]
     count = config.rollout.num_actors
     return RolloutFleet(
-        Blueprint(Role("rollout", count, CPUS, 0), Carried(FakeEngineActor), lambda number: arguments, setup, seats.options),
+        Blueprint(Role("rollout", count, CPUS, 0), shell(FakeEngineActor), lambda number: arguments, setup, seats.options),
         Size(start=count, least=1, most=count, max_restarts=config.rollout.max_restarts, wait_s=0.0),
         Deadlines(start_s=STALL_S, work_s=STALL_S),
     )

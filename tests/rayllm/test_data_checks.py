@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 import unicodedata
 
 import numpy as np
@@ -121,6 +122,13 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path, tiny_
         load_tokenizer(tmp_path)
 
 
+def copied(folder, to, name, change):
+    """A copy with another JSON file of this name."""
+    shutil.copytree(folder, to)
+    (to / name).write_text(json.dumps(change(json.loads((to / name).read_text()))))
+    return to
+
+
 @pytest.mark.scorecard("R42")
 def test_a_reward_model_that_reads_other_tokens_is_refused(tmp_path, tiny_tokenizer, tiny_model_dir):
     from rayllm.data.tokenizer import train_tokenizer
@@ -128,6 +136,11 @@ def test_a_reward_model_that_reads_other_tokens_is_refused(tmp_path, tiny_tokeni
     other = train_tokenizer(["Quite other words are in here."] * 4, vocab_size=300, max_length=512)
     save_model(create_causal_lm("qwen3", other, TINY_SHAPE, seed=0), other, tmp_path)
     check_same_tokens(tiny_model_dir, tiny_model_dir, key="reward_model")
+    again = copied(tiny_model_dir, tmp_path / "again", "tokenizer_config.json", lambda config: config | {"note": "ours"})
+    check_same_tokens(tiny_model_dir, again, key="reward_model")
+    small = copied(tiny_model_dir, tmp_path / "small", "config.json", lambda config: config | {"vocab_size": 8})
+    with pytest.raises(InputError, match="the model has embeddings for 8: they are not of one model"):
+        check_same_tokens(tiny_model_dir, small, key="reward_model")
     with pytest.raises(InputError, match=r"^reward_model: .* has another tokenizer than model="):
         check_same_tokens(tiny_model_dir, tmp_path, key="reward_model")
 
