@@ -40,10 +40,10 @@ class Delivery(Generic[ValueT]):
     def __init__(
         self, parts: Sequence[Carried[ValueT]], join: Carried[Callable[[list[ValueT]], ValueT]] | None = None
     ) -> None:
-        self._parts, self._join = parts, join
+        self.parts, self.join = parts, join
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _delivered, (self._parts, self._join)
+        return _delivered, (self.parts, self.join)
 
 
 def _carried(pickled: bytes, buffers: list[Any]) -> Carried[Any]:
