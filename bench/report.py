@@ -92,10 +92,17 @@ def job_section(label: str, results: Sequence[dict[str, Any]], floors: Sequence[
         ]
         if not results[0]["lag"]:
             raw = pooled["async_llm"]["wall"]["median"] / figures["rollout"]["median"]
-            lines.append(("sampling throughput / raw AsyncLLM", f"{raw:.2f}"))
+            bare = sum(count * pooled[name]["wall"]["median"] for name, count in times.items() if "update" in name)
+            lines += [
+                ("sampling throughput / raw AsyncLLM", f"{raw:.2f}"),
+                ("update throughput / bare PyTorch on one core", f"{bare / figures['update']['median']:.2f}"),
+            ]
     for name, what in (("start_s", "start to first step, s"), ("first_step_done_s", "start to first step done, s")):
         lines.append((what, ", ".join(f"{result[name]:.0f}" for result in results)))
     last = results[-1]
+    apart = last["last_metrics"].get("rollout/logprob_mismatch")
+    if apart is not None:  # else all was sampled by older weights
+        lines.append(("sampler and learner apart in the last step, nats a token", f"{apart:.2g}"))
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in last["startup"].items())
     lines.append(("of it in the last run, s: roles side by side", parts))
     memory, cpu_of = last["peak_memory_gib"], last["cpu_seconds_per_step"]
