@@ -259,6 +259,13 @@ def _cause_line(error: RayTaskError) -> str:
     return f"{type(cause).__name__}: {cause}" if cause is not None else str(error).strip().splitlines()[-1]
 
 
+def methods_for_others(cls: type) -> dict[str, Callable[..., Any]]:
+    """Name -> function, of what may be called on an actor of the class."""
+    import inspect
+
+    return {name: method for name, method in inspect.getmembers(cls, inspect.isfunction) if not name.startswith("_")}
+
+
 def is_async(cls: type) -> bool:
     """Whether Ray runs its actors on an event loop."""
     import inspect

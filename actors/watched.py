@@ -25,7 +25,7 @@ import ray
 
 from actors.carried import Carried
 from actors.counters import counters
-from actors.group import Role, actor_options, constructor, whereabouts
+from actors.group import Role, actor_options, constructor, methods_for_others, whereabouts
 from rayllm.startup import without_garbage_collection
 
 STACKS_S = 5.0
@@ -61,7 +61,7 @@ def shell(cls: type) -> type:
             self.inside = object.__new__(opened)
             constructor(opened)(self.inside, **arguments)
 
-    methods = {name: _handed_in(name, method) for name, method in inspect.getmembers(cls, inspect.isfunction)}
+    methods = {name: _handed_in(name, method) for name, method in methods_for_others(cls).items()}
     return type(cls.__name__, (), {**methods, "__init__": init, "whereabouts": whereabouts})
 
 

@@ -9,7 +9,6 @@ the threads of all ranks stand and kills them; whoever waits for them then gets 
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.counters import count, counters
 from actors.environment import this_node, worker_env
-from actors.group import ActorGroup, ActorT, Role, Seats, is_async
+from actors.group import ActorGroup, ActorT, Role, Seats, is_async, methods_for_others
 from actors.health import Deadlines, Health, State
 from actors.member import bury, looks
 from actors.watched import Report, be_watched
@@ -196,8 +195,7 @@ def _watched_init(construct: Callable[..., None]) -> Callable[..., None]:
 
 def _counted(cls: type) -> dict[str, Any]:
     """The methods of a class that others call, as ones that count when they begin and end."""
-    found = inspect.getmembers(cls, inspect.isfunction)
-    return {name: _counting(method) for name, method in found if not name.startswith("_")}
+    return {name: _counting(method) for name, method in methods_for_others(cls).items()}
 
 
 def _counting(method: Callable[..., Any]) -> Callable[..., Any]:
