@@ -31,7 +31,7 @@ from actors.vllm_engine import (
     set_environment,
     stopped,
 )
-from actors.vllm_reload import renew, renewable, retie
+from actors.vllm_reload import Renewal, renewable, retie
 from actors.weight_group import WeightGroup
 
 
@@ -76,7 +76,7 @@ class SteppedEngine(VllmEngine):
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self._llm = LLMEngine.from_engine_args(EngineArgs(**args))
-        self._renewable = all(self._llm.apply_model(renewable))
+        (self._renewal,) = self._llm.apply_model(lambda model: Renewal(model) if renewable(model) else None)
         return self._llm.vllm_config
 
     async def _ask(
@@ -188,8 +188,8 @@ class SteppedEngine(VllmEngine):
             self._llm.wake_up(["weights"])
         elif not keep_cache:
             self._llm.reset_prefix_cache(reset_running_requests=True)
-        if self._renewable:
-            self._llm.apply_model(lambda model: renew(model, named, self._helper))
+        if self._renewal is not None:
+            self._renewal.load(named, self._helper)
         else:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named})
             self._llm.apply_model(retie)

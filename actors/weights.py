@@ -85,6 +85,7 @@ def pack(
     """
     memory = memory or Memory()
     end = 0
+    checksum = xxhash.xxh3_128()
     entries: dict[str, Entry] = {}
     fresh: list[Entry] = []  # of one dtype, checked together: on its own a small one takes longer than its copy
     for name, tensor in named_tensors:
@@ -95,25 +96,27 @@ def pack(
         start = end + -end % ALIGNMENT
         nbytes = tensor.numel() * kept.itemsize
         entry = Entry(name, str(kept).removeprefix("torch."), tuple(tensor.shape), start, nbytes)
+        memory.reserve(start + nbytes)
+        memory.array[end:start] = 0
         if fresh and (fresh[0].dtype != entry.dtype or end - fresh[0].offset > CHECKED_TOGETHER):
             _check_finite(fresh, torch.from_numpy(memory.array), version)
+            checksum.update(memory.array[fresh[0].offset : start].data)
             fresh.clear()
         entries[name] = entry
         fresh.append(entry)
-        memory.reserve(start + nbytes)
-        memory.array[end:start] = 0
         end = start + nbytes
         if tensor.device.type != "cpu":
             tensor = tensor.to(kept)  # there, for fewer bytes to fetch
         _view(torch.from_numpy(memory.array), [entry]).view(entry.shape).copy_(tensor)
     if fresh:
         _check_finite(fresh, torch.from_numpy(memory.array), version)
+        checksum.update(memory.array[fresh[0].offset : end].data)
     buffer = memory.array[:end]
     return WeightBundle(
         buffer=buffer,
         entries=tuple(entries.values()),
         version=version,
-        checksum=_checksum(buffer),
+        checksum=checksum.hexdigest(),
         scaling=scaling or {},
     )
 

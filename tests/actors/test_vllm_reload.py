@@ -41,9 +41,9 @@ def updated(folders, engine):
 
     async def run():
         served = SteppedEngine(str(folders[0]), stop_token_ids=[], overrides=engine)
-        renewable, ways = served._renewable, []
-        for way in (renewable, False):
-            served._renewable = way
+        renewal, ways = served._renewal, []
+        for way in (renewal, None):
+            served._renewal = way
             answers = []
             for update in range(UPDATES):
                 bundle = pack(read_safetensors(folders[(update + 1) % 2]), version=update + 1)
@@ -51,7 +51,7 @@ def updated(folders, engine):
                 answers.append(await served.prompt_logprobs(TEXT))
             ways.append(answers)
         await served.shutdown()
-        return renewable, ways
+        return renewal is not None, ways
 
     return asyncio.run(run())
 
