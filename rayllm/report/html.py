@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from rayllm.report import curves, views
+from rayllm.report import curves, figures, views
 from rayllm.report.findings import Evaluation, Finding, headline, overoptimised, verdict
 from rayllm.report.glossary import DASH, count, date, duration, number, percent
 from rayllm.report.reward import REPORT
@@ -110,8 +110,8 @@ def _content(
         "sampling": _pairs(evaluation.get("sampling")),
         "reward_model": _reward_model(evaluation),
         "reward": reward_view(reward),
-        "figures": curves.build(curves.FIGURES, events),
-        "more_figures": curves.build(curves.MORE_FIGURES, events),
+        "figures": curves.build(figures.FIGURES, events),
+        "more_figures": curves.build(figures.MORE_FIGURES, events),
         "samples": samples(data),
         "timings": views.timings(stages),
         "total": {"seconds": sum(seconds), "text": duration(sum(seconds))},
