@@ -36,17 +36,18 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Leave the machine alone meanwhile, about 50 minutes on two cores (ROUNDS=1: half): other work shows in every figure.
+# Leave the machine alone meanwhile, about an hour on two cores (ROUNDS=1: half): other work shows in every figure.
+# In a round the floors come anew before every run: a machine that is quick in one minute and slow in another would show
+# in the ratio of the two.
 bench: install
 	@rm -rf $(BENCH)
 	@mkdir -p $(BENCH)
 	for size in 1m 10m; do $(BIN)/python -m bench.models $(BENCH)/$$size --size $$size || exit 1; done
 	for round in $(ROUNDS); do for size in 1m 10m; do \
-	  $(BIN)/python -m bench.floors --model $(BENCH)/$$size --json $(BENCH)/floors-$$size-$$round.json || exit 1; \
 	  for run in "ppo 0" "ppo 1" "grpo 0" "grpo 1"; do \
-	    set -- $$run; \
-	    $(BIN)/python -m bench.ppo --model $(BENCH)/$$size --algorithm $$1 --lag $$2 \
-	      --json $(BENCH)/$$1-lag$$2-$$size-$$round.json $(ARGS) || exit 1; \
+	    set -- $$run; run=$$1-lag$$2-$$size-$$round.json; \
+	    $(BIN)/python -m bench.floors --model $(BENCH)/$$size --json $(BENCH)/floors-$$run || exit 1; \
+	    $(BIN)/python -m bench.ppo --model $(BENCH)/$$size --algorithm $$1 --lag $$2 --json $(BENCH)/$$run $(ARGS) || exit 1; \
 	  done; \
 	done; done
 	@# One engine, which a second one joins.

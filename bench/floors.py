@@ -39,7 +39,7 @@ from bench.workload import (
 )
 from rayllm.lineage import write_json
 
-COLD, REPEATS = 2, 7
+COLD, REPEATS = 2, 3
 Samples = list[dict[str, float]]
 
 STEP: dict[str, dict[str, int]] = {

@@ -122,8 +122,10 @@ def sync_section(results: Sequence[dict[str, Any]]) -> str:
         times = [{k: 1e3 * v for k, v in result[name].items()} for name in ("serve_s", "prove_s", "copies_s")]
         rows.append([label, f"{result['bytes'] / 1e6:.1f}", *(written(figure, 1) for figure in times)])
     text = (
-        "From the learner until an idle engine serves the new weights, and from then until it has proved that it does; "
-        "it samples meanwhile. Beside them, the bytes copied out and in."
+        "*Serve*: from the learner until an idle engine serves the new weights, their checksum compared. *Prove*: from "
+        "then until a text is shown to be as probable to it as to the policy; it samples meanwhile, and nothing of "
+        "that is handed out before. What a step of the loop waits for is its row *sync*. Beside them, the bytes copied "
+        "out and in."
     )
     return f"## Weight sync\n\n{text}\n\n{markdown_table(head, rows)}"
 
