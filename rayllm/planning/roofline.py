@@ -34,8 +34,8 @@ CPU_STEP_S, CPU_SAMPLE_S = 0.004, 0.0001
 ALL_REDUCE_S = 20e-6
 """Least seconds of one all-reduce between GPUs of a node."""
 
-SYNC_S = 0.1
-"""Of a weight sync, beside moving the weights: calls, and the proof that they serve."""
+SYNC_S = 0.025
+"""Of a weight sync, beside moving the weights: calls. The proof that they serve runs while the engines sample."""
 
 
 @dataclass(frozen=True, slots=True)

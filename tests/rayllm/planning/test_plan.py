@@ -267,23 +267,23 @@ SMOLLM2 = {
 
 VOCAB_10M, SHAPE_10M = SIZES["10m"]
 
-# `python -m bench.ppo` on two cores of an AMD EPYC (Zen 4) with 23.5 GiB, 2026-11-21: GiB that each process had for
+# `python -m bench.ppo` on two cores of an AMD EPYC (Zen 4) with 23.5 GiB, 2026-11-23: GiB that each process had for
 # itself at its own worst moment, and seconds of a step. See docs/planning.md.
 MEASURED = {
     "10M": {
         "config": {"model_type": "qwen3", "vocab_size": VOCAB_10M, "max_position_embeddings": 512,
                    "tie_word_embeddings": True, **SHAPE_10M},
         "overrides": [],
-        "own": {"PolicyActor": 0.939, "CriticActor": 0.890, "RolloutActor": 0.717, "ReferenceActor": 0.343,
-                "SourceActor": 0.326},
-        "seconds": {"rollout": 2.33, "score": 2.83, "update": 6.13, "sync": 0.13, "step": 11.43},
+        "own": {"PolicyActor": 0.956, "CriticActor": 1.003, "RolloutActor": 0.814, "ReferenceActor": 0.340,
+                "SourceActor": 0.336},
+        "seconds": {"rollout": 2.34, "score": 2.74, "update": 6.31, "sync": 0.051, "step": 11.44},
     },
     "135M": {
         "config": SMOLLM2,
         "overrides": ["prompts_per_step=16", "reward.source=function", "reward.function=bench.workload:variety",
                       "rollout.engine.dtype=bfloat16", "rollout.engine.max_model_len=256"],
-        "own": {"PolicyActor": 5.952, "CriticActor": 5.840, "RolloutActor": 1.317, "ReferenceActor": 1.085},
-        "seconds": {"rollout": 4.27, "score": 5.62, "update": 22.04, "sync": 0.88, "step": 32.82},
+        "own": {"PolicyActor": 6.417, "CriticActor": 5.792, "RolloutActor": 1.456, "ReferenceActor": 1.026},
+        "seconds": {"rollout": 5.18, "score": 6.81, "update": 23.63, "sync": 0.296, "step": 36.55},
     },
 }  # fmt: skip
 
