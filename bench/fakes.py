@@ -55,17 +55,21 @@ class FakeRolloutActor(Prover):
         return self._served
 
 
-class FakeModelActor:
-    """For all the others: policy, critic, reference and reward model."""
-
-    def __init__(self) -> None:
-        self.publisher = Publisher()
+class FakeSourceActor:
+    """For ``SourceActor``; as that one it runs an event loop."""
 
     async def scores(self, shard: Experience) -> Scores:
         return Scores("model", sample_ids_of(shard.prompt_ids), torch.zeros(len(shard)))
 
     def stats(self, *scores: Scores) -> list[ShardStats]:
         return SourceActor.stats(*scores)
+
+
+class FakeModelActor:
+    """For policy, critic and reference: one call after the other, without an event loop."""
+
+    def __init__(self) -> None:
+        self.publisher = Publisher()
 
     def logprobs(self, shard: Experience) -> torch.Tensor:
         return torch.zeros(shard.sequences.shape)

@@ -4,8 +4,10 @@
 
 For 1 to 16 rollout actors, 1 to 4 ranks of each learner and 64 to 4,096 sequences a step: wall milliseconds of a step,
 CPU milliseconds of the driver and of the fleet's process, and the bytes that the driver handles in one: pickled
-arguments of its calls and pickled results that it fetches. What 64 to 1,024 engines would cost is counted: the fleet's
-own code, run here over engines without processes, and for each call what Ray's part of it costs with 16 real ones.
+arguments of its calls and pickled results that it fetches. Beside them, where a learner has one rank, what Ray takes by
+itself for the same calls and bytes between plain actors (``ray_alone.py``). What 64 to 1,024 engines would cost is
+counted: the fleet's own code, run here over engines without processes, and for each call what Ray's part of it costs
+with 16 real ones.
 """
 
 from __future__ import annotations
@@ -37,9 +39,10 @@ from actors.member import Call
 from actors.proof import Answer, Proof
 from actors.supervisor import Blueprint, Size
 from actors.watched import shell
-from bench.fakes import FakeModelActor, FakeRolloutActor, shard_of
+from bench.fakes import FakeModelActor, FakeRolloutActor, FakeSourceActor, shard_of
 from bench.figures import circumstances, console, spread, written
-from bench.workload import PROMPT_TOKENS, settings
+from bench.ray_alone import RayAlone, Sizes
+from bench.workload import NEW_TOKENS, PROMPT_TOKENS, settings
 from jobs.ppo import train
 from jobs.ppo_batches import Batches
 from jobs.ppo_rewards import RewardGroups
@@ -48,6 +51,7 @@ from jobs.ppo_watch import Controls, Watch
 from jobs.session import ray_session
 from rayllm.config.base import load_config
 from rayllm.config.ppo import SHARDS_A_RANK, PPOConfig
+from rayllm.config.rl import FleetConfig
 from rayllm.data.experience import Experience, concat
 from rayllm.data.prompts import PromptData
 from rayllm.lineage import write_json
@@ -60,6 +64,7 @@ NUM_ACTORS, NUM_SEQUENCES = ((1, 1), (2, 2), (4, 4), (16, 1)), (64, 1024, 4096)
 NUM_SIMULATED, SEQUENCES_EACH = (64, 256, 1024), 64
 COLD, REPEATS = 3, 10
 CPUS = 0.01
+DEADLINES = Deadlines(FleetConfig().stall_s, FleetConfig().stall_s)
 LEARNERS, SCORERS = ("policy", "critic"), ("reference", "reward")
 
 
@@ -120,6 +125,14 @@ class CountingFleet(RolloutFleet):
     """A fleet that tells its calls to ``traffic``."""
 
     traffic: Traffic
+
+    def readers(self) -> ray.ObjectRef:
+        self.traffic.call(())
+        return super().readers()
+
+    def synced(self) -> ray.ObjectRef:
+        self.traffic.call(())
+        return super().synced()
 
     def _submit(self, *arguments: Any) -> ray.ObjectRef:
         self.traffic.call(arguments)
@@ -201,15 +214,41 @@ def measure() -> list[dict[str, Any]]:
         for num_actors, ranks in NUM_ACTORS:
             learners = _start(LEARNERS, ranks)
             engines = Blueprint(Role("rollout", num_actors, CPUS, 0), shell(FakeRolloutActor), lambda number: {})
-            fleet = CountingFleet(engines, Size(num_actors, 1, num_actors, 0, 0.0), Deadlines(60.0, 60.0))
-            rows += [measure_one(work, learners | scorers, fleet, num_sequences) for num_sequences in NUM_SEQUENCES]
+            fleet = CountingFleet(engines, Size(num_actors, 1, num_actors, 0, 0.0), DEADLINES)
+            found = [measure_one(work, learners | scorers, fleet, num_sequences) for num_sequences in NUM_SEQUENCES]
             for group in (*learners.values(), fleet):
                 group.stop()
+            rows += beside_ray_alone(found) if ranks == 1 else [{**row, "ray_alone_ms": None} for row in found]
     return rows
 
 
+def beside_ray_alone(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one number of engines, with what Ray takes by itself."""
+    alone = RayAlone(rows[0]["rollout_actors"], cpus=CPUS)
+    found = []
+    for row in rows:
+        engines, shards = row["rollout_actors"], row["shards"]
+        of_shard = row["sequences"] // shards
+        answer, shard = (pickled_size(shard_of(num)) for num in (of_shard // max(engines // shards, 1), of_shard))
+        column = 4 * of_shard * (PROMPT_TOKENS + NEW_TOKENS)
+        sizes = Sizes(answer, column, shard + 4 * column)  # of the reference, values, advantages, returns
+        wall = []
+        for _ in range(COLD + REPEATS):
+            alone.calls, began = 0, time.perf_counter()
+            alone.step(shards, sizes)
+            wall.append(1e3 * (time.perf_counter() - began))
+        assert alone.calls == row["calls"], "these are other calls than the loop's"
+        found.append({**row, "ray_alone_ms": spread(wall[COLD:])})
+    alone.stop()
+    return found
+
+
 def _start(roles: tuple[str, ...], ranks: int) -> dict[str, CountingGroup]:
-    return {name: CountingGroup(Role(name, ranks, CPUS, 0), FakeModelActor, lambda rank: {}) for name in roles}
+    classes = {"reward": FakeSourceActor}
+    return {
+        name: CountingGroup(Role(name, ranks, CPUS, 0), classes.get(name, FakeModelActor), lambda rank: {})
+        for name in roles
+    }
 
 
 class _Engine:
@@ -230,7 +269,7 @@ class _Engine:
 async def simulate(num_engines: int) -> list[float]:
     """Milliseconds of the fleet's own code in each step, one call of an engine after the other."""
     blueprint = Blueprint(Role("rollout", num_engines, CPUS, 0), shell(FakeRolloutActor), lambda number: {})
-    fleet = FleetActor(blueprint, Size(num_engines, 1, num_engines, 0, 0.0), Deadlines(60.0, 60.0))
+    fleet = FleetActor(blueprint, Size(num_engines, 1, num_engines, 0, 0.0), DEADLINES)
     await fleet.adopt([_Engine(shard_of(SEQUENCES_EACH))] * num_engines)
     found = []
     for step in range(COLD + REPEATS):
@@ -261,7 +300,8 @@ def simulated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 COLUMNS = {
     "rollout_actors": "rollout actors", "ranks": "learner ranks", "sequences": "sequences", "shards": "shards",
-    "wall_ms": "step, ms", "driver_cpu_ms": "driver CPU, ms", "fleet_cpu_ms": "fleet CPU, ms", "calls": "calls",
+    "wall_ms": "step, ms", "ray_alone_ms": "Ray alone, ms", "driver_cpu_ms": "driver CPU, ms",
+    "fleet_cpu_ms": "fleet CPU, ms", "calls": "calls",
     "sent_bytes": "bytes sent", "received_bytes": "bytes got",
 }  # fmt: skip
 SIMULATED_COLUMNS = {
@@ -272,8 +312,13 @@ SIMULATED_COLUMNS = {
 
 def cells(row: dict[str, Any], columns: dict[str, str]) -> list[str]:
     """As written in a table."""
-    values = [row[name] for name in columns]
-    return [written(v, 1) if isinstance(v, dict) else f"{v:,.1f}" if isinstance(v, float) else f"{v:,}" for v in values]
+
+    def cell(value: Any) -> str:
+        if isinstance(value, dict):
+            return written(value, 1)
+        return "–" if value is None else f"{value:,.1f}" if isinstance(value, float) else f"{value:,}"
+
+    return [cell(row[name]) for name in columns]
 
 
 def show(result: dict[str, Any], to: Console) -> None:

@@ -135,7 +135,11 @@ def overhead_section(result: dict[str, Any]) -> str:
         markdown_table(list(columns.values()), [cells(row, columns) for row in result[name]])
         for name, columns in (("rows", COLUMNS), ("simulated", SIMULATED_COLUMNS))
     )
-    text = "The loop over actors that answer at once. Bytes are what the driver itself sends and fetches in a step."
+    text = (
+        "The loop over actors that answer at once. *Ray alone*: the same calls, of as many bytes, between plain actors "
+        "in the same minutes, with nothing of rayllm in them; it is what cannot be saved but by fewer calls. Bytes are "
+        "what the driver itself sends and fetches in a step."
+    )
     more = (
         f"More engines than this machine has room for, {SEQUENCES_EACH} sequences each: the fleet's own code over "
         "engines without processes, and Ray's part of its calls as it was for each of the most real engines above. The "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+from bench import overhead
 from bench.models import make_reward_model
 from bench.ppo import main
 from bench.report import main as write_report
@@ -46,6 +47,21 @@ def test_a_run_leaves_complete_figures(tiny_model_dir, tmp_path, monkeypatch):
     assert last["response/length_mean"] == NEW_TOKENS and last["response/stop_rate"] == 0
     assert 0 < last["objective/rewards"] <= 1 and 0 < last["eval/rewards"] <= 1
     assert last["rollout/logprob_mismatch"] < 1e-3
+
+
+def test_the_loop_alone_makes_the_same_calls_as_ray_alone_whatever_the_batch(tmp_path, monkeypatch):
+    for name, value in {"NUM_ACTORS": ((4, 1), (1, 2)), "NUM_SEQUENCES": (64, 128), "NUM_SIMULATED": (8,)}.items():
+        monkeypatch.setattr(overhead, name, value)
+    monkeypatch.setattr("sys.argv", ["overhead", "--json", str(tmp_path / "overhead.json")])
+    overhead.main()  # it raises where Ray alone is given other calls
+    rows = json.loads((tmp_path / "overhead.json").read_text())["rows"]
+    assert [row["shards"] for row in rows] == [2] * 4 and [row["calls"] for row in rows] == [18, 18, 22, 22]
+    assert all((row["ray_alone_ms"] is None) == (row["ranks"] > 1) for row in rows)
+    for few, many in (rows[:2], rows[2:]):
+        assert few["received_bytes"] == many["received_bytes"] > 0
+        assert 0 <= many["sent_bytes"] - few["sent_bytes"] < 16  # a number has more digits
+    write_report(str(tmp_path), str(tmp_path / "RESULTS.md"))
+    assert "| 1 | 2 | 128 | 2 |" in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_the_reward_model_has_the_models_weights_and_a_head(tiny_model_dir, tmp_path):
