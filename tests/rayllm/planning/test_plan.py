@@ -274,16 +274,16 @@ MEASURED = {
         "config": {"model_type": "qwen3", "vocab_size": VOCAB_10M, "max_position_embeddings": 512,
                    "tie_word_embeddings": True, **SHAPE_10M},
         "overrides": [],
-        "own": {"PolicyActor": 0.956, "CriticActor": 1.003, "RolloutActor": 0.814, "ReferenceActor": 0.340,
-                "SourceActor": 0.336},
-        "seconds": {"rollout": 2.34, "score": 2.74, "update": 6.31, "sync": 0.051, "step": 11.44},
+        "own": {"PolicyActor": 0.993, "CriticActor": 0.967, "RolloutActor": 0.829, "ReferenceActor": 0.340,
+                "SourceActor": 0.334},
+        "seconds": {"rollout": 2.32, "score": 2.71, "update": 6.01, "sync": 0.059, "step": 11.11},
     },
     "135M": {
         "config": SMOLLM2,
         "overrides": ["prompts_per_step=16", "reward.source=function", "reward.function=bench.workload:variety",
                       "rollout.engine.dtype=bfloat16", "rollout.engine.max_model_len=256"],
-        "own": {"PolicyActor": 6.417, "CriticActor": 5.792, "RolloutActor": 1.456, "ReferenceActor": 1.026},
-        "seconds": {"rollout": 5.18, "score": 6.81, "update": 23.63, "sync": 0.296, "step": 36.55},
+        "own": {"PolicyActor": 6.229, "CriticActor": 5.826, "RolloutActor": 1.586, "ReferenceActor": 1.066},
+        "seconds": {"rollout": 4.29, "score": 6.65, "update": 21.48, "sync": 0.374, "step": 32.80},
     },
 }  # fmt: skip
 
