@@ -150,6 +150,8 @@ class Batches:
 
     def _sort_by_completion(self, step: int, count: int) -> None:
         """To the front: what may not get older, then what is done; ``count`` of them are done or must be."""
-        done = set(ray.wait([s.experience for s in self._ahead], num_returns=count, fetch_local=False)[0])
+        ahead = [shard.experience for shard in self._ahead]
+        ray.wait(ahead, num_returns=count, fetch_local=False)  # where more are done it names any
+        done = set(ray.wait(ahead, num_returns=len(ahead), timeout=0, fetch_local=False)[0])
         oldest = step - self.config.max_policy_lag
         self._ahead.sort(key=lambda s: (s.version > oldest, s.experience not in done))

@@ -145,6 +145,8 @@ def test_a_step_that_begins_again_has_the_same_responses(make, settings, score):
     first, scores = batches.take(3)
     batches.more([2], 3)
     batches.put_back(score=score)
+    under_way = [shard.experience for shard in batches._ahead]
+    ray.wait(under_way, num_returns=len(under_way))  # others than those of the step could be taken by now
     again, anew = batches.take(3)
     assert again == first and (anew == scores) == (not score)
     assert ray.get([one for (one,) in anew]) == [shard["prompts"] for shard in ray.get(again)]
