@@ -29,6 +29,9 @@ ALIGNMENT = 64
 CHECKED_TOGETHER = 1 << 20
 """Bytes that still lie in a core's cache when they are looked at again."""
 
+HASH = xxhash.xxh3_128
+"""Of weights, wherever two sides compare theirs."""
+
 ADAPTER_A, ADAPTER_B = ".lora_A", ".lora_B"
 """What the names of an adapter's two matrices add to that of the weight."""
 
@@ -85,9 +88,17 @@ def pack(
     """
     memory = memory or Memory()
     end = 0
-    checksum = xxhash.xxh3_128()
+    checksum = HASH()
     entries: dict[str, Entry] = {}
     fresh: list[Entry] = []  # of one dtype, checked together: on its own a small one takes longer than its copy
+
+    def close(until: int) -> None:
+        """Look at what is fresh and hash it, with the zeros after it, while it is in the cache."""
+        if fresh:
+            _check_finite(fresh, torch.from_numpy(memory.array), version)
+            checksum.update(memory.array[fresh[0].offset : until].data)
+            fresh.clear()
+
     for name, tensor in named_tensors:
         if name in entries:
             raise ValueError(f"weights: {name} comes twice")
@@ -99,21 +110,16 @@ def pack(
         memory.reserve(start + nbytes)
         memory.array[end:start] = 0
         if fresh and (fresh[0].dtype != entry.dtype or end - fresh[0].offset > CHECKED_TOGETHER):
-            _check_finite(fresh, torch.from_numpy(memory.array), version)
-            checksum.update(memory.array[fresh[0].offset : start].data)
-            fresh.clear()
+            close(start)
         entries[name] = entry
         fresh.append(entry)
         end = start + nbytes
         if tensor.device.type != "cpu":
             tensor = tensor.to(kept)  # there, for fewer bytes to fetch
         _view(torch.from_numpy(memory.array), [entry]).view(entry.shape).copy_(tensor)
-    if fresh:
-        _check_finite(fresh, torch.from_numpy(memory.array), version)
-        checksum.update(memory.array[fresh[0].offset : end].data)
-    buffer = memory.array[:end]
+    close(end)
     return WeightBundle(
-        buffer=buffer,
+        buffer=memory.array[:end],
         entries=tuple(entries.values()),
         version=version,
         checksum=checksum.hexdigest(),
@@ -158,7 +164,7 @@ def merged(bundle: WeightBundle, model_dir: Path | str) -> Iterator[tuple[str, t
 
 def verify(bundle: WeightBundle) -> None:
     """Raise RuntimeError when the buffer is not the one that was packed."""
-    found = _checksum(bundle.buffer)
+    found = HASH(bundle.buffer.data).hexdigest()
     if found != bundle.checksum:
         raise RuntimeError(
             f"weights of version {bundle.version} arrived damaged: checksum {found}, packed {bundle.checksum}"
@@ -167,7 +173,7 @@ def verify(bundle: WeightBundle) -> None:
 
 def digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """xxh3-128 of names and weights, in hex."""
-    found = xxhash.xxh3_128()
+    found = HASH()
     for name, tensor in named_tensors:
         found.update(name.encode())
         found.update(bytes_of(tensor).data)
@@ -229,7 +235,3 @@ def _shards(model_dir: Path) -> list[Path]:
     if not shards:
         raise ValueError(f"{model_dir} has no *.safetensors weights")
     return shards
-
-
-def _checksum(buffer: np.ndarray) -> str:
-    return xxhash.xxh3_128_hexdigest(buffer.data)
