@@ -5,7 +5,7 @@
 For 1 to 16 rollout actors, 1 to 4 ranks of each learner and 64 to 4,096 sequences a step: wall milliseconds of a step,
 CPU milliseconds of the driver and of the fleet's process, and the bytes that the driver handles in one: pickled
 arguments of its calls and pickled results that it fetches. Beside them, where a learner has one rank, what Ray takes by
-itself for the same calls and bytes between plain actors (``ray_alone.py``). What 64 to 1,024 engines would cost is
+itself for the same calls and arrays between plain actors (``ray_alone.py``). What 64 to 1,024 engines would cost is
 counted: the fleet's own code, run here over engines without processes, and for each call what Ray's part of it costs
 with 16 real ones.
 """
@@ -231,7 +231,7 @@ def beside_ray_alone(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         of_shard = row["sequences"] // shards
         answer, shard = (pickled_size(shard_of(num)) for num in (of_shard // max(engines // shards, 1), of_shard))
         column = 4 * of_shard * (PROMPT_TOKENS + NEW_TOKENS)
-        sizes = Sizes(answer, column, shard + 4 * column)  # of the reference, values, advantages, returns
+        sizes = Sizes(answer, 4 * of_shard, column, shard + 4 * column)  # of the reference, values, advantages, returns
         wall = []
         for _ in range(COLD + REPEATS):
             alone.calls, began = 0, time.perf_counter()

@@ -1,7 +1,7 @@
 """What Ray takes by itself for the calls of a PPO step: the floor under `bench.overhead`.
 
-Who calls whom, who waits for whom and how many bytes go along are as in the loop with one rank of each learner. The
-actors are plain ones that hand out zeros: none of rayllm's code runs.
+Who calls whom, who waits for whom and how large the arrays are that go along is as in the loop with one rank of each
+learner. The actors are plain ones that hand out zeros: none of rayllm's code runs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ class Sizes:
 
     answer: int
     """Of an engine."""
+
+    scores: int
+    """Of a shard: a figure for each response."""
 
     column: int
     """What a model makes of the shard: a figure for each token."""
@@ -101,7 +104,7 @@ class RayAlone:
         """`jobs.ppo.train` and `Roles.sync_weights`, call by call."""
         every = range(num_shards)
         shards = [self._call(self._fleet.work, shard, num_shards, sizes.answer) for shard in every]
-        scores = [self._call(self._reward.scores, 4, shard) for shard in shards]
+        scores = [self._call(self._reward.scores, sizes.scores, shard) for shard in shards]
         references = [self._call(self._reference.array, sizes.column, shard) for shard in shards]
         values = [self._call(self._critic.array, sizes.column, shard) for shard in shards]
         ray.wait(shards, num_returns=num_shards, fetch_local=False)

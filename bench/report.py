@@ -136,9 +136,9 @@ def overhead_section(result: dict[str, Any]) -> str:
         for name, columns in (("rows", COLUMNS), ("simulated", SIMULATED_COLUMNS))
     )
     text = (
-        "The loop over actors that answer at once. *Ray alone*: the same calls, of as many bytes, between plain actors "
-        "in the same minutes, with nothing of rayllm in them; it is what cannot be saved but by fewer calls. Bytes are "
-        "what the driver itself sends and fetches in a step."
+        "The loop over actors that answer at once. *Ray alone*: the same calls, with arrays as large, between plain "
+        "actors in the same minutes, with nothing of rayllm in them; it is what cannot be saved but by fewer calls. "
+        "Bytes are what the driver itself sends and fetches in a step."
     )
     more = (
         f"More engines than this machine has room for, {SEQUENCES_EACH} sequences each: the fleet's own code over "
