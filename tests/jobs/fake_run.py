@@ -21,7 +21,7 @@ from actors.publishing import Published
 from actors.supervisor import Blueprint, Size
 from actors.watched import shell
 from actors.weights import read_safetensors
-from bench.fakes import FakeModelActor
+from bench.fakes import FakeModelActor, FakeSourceActor
 from jobs.ppo import train
 from jobs.ppo_batches import Batches
 from jobs.ppo_rewards import RewardGroups
@@ -41,8 +41,6 @@ NUM_PROMPTS = 64
 
 class FakeLearnerActor(FakeModelActor):
     """Publishes the model's own weights, a little further at every version, and says what a fake engine would."""
-
-    scores = None  # type: ignore[assignment]  # the only async method: like the real one, it works off its calls in order
 
     def __init__(self, *, model: str) -> None:
         super().__init__()
@@ -104,7 +102,7 @@ def fake_run(folder: Path, model: Path, *settings: str) -> Iterator[FakeRun]:
         name: ActorGroup(Role(name, 1, CPUS, 0), FakeLearnerActor, lambda rank: {"model": str(model)})
         for name in ("policy", "critic", "reference")
     }
-    scorer = ActorGroup(Role("reward", 1, CPUS, 0), FakeModelActor, lambda rank: {})
+    scorer = ActorGroup(Role("reward", 1, CPUS, 0), FakeSourceActor, lambda rank: {})
     reward = RewardGroups(config.reward, {"model": scorer})
     try:
         probe = probe_tokens(vocabulary_size(model), 512)
