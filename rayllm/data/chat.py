@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
@@ -16,6 +16,8 @@ from rayllm.data.sources import Origins, Paths, Reader
 from rayllm.errors import InputError
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # not `add_generation_prompt`, which every template has
+
+_SAID: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,11 @@ class ChatData:
 
 
 def check_chat_template(tokenizer: Any, where: Path | str) -> None:
-    """Raise InputError unless the template exists and marks the assistant's tokens."""
-    _check_has_template(tokenizer, where)
-    if not _MARKS.search(str(tokenizer.chat_template)):
-        raise InputError(
-            f"{where}: the chat template does not mark the assistant's tokens; wrap them in "
-            "{% generation %} ... {% endgeneration %} so that the loss falls on them only"
-        )
+    """Raise InputError unless there is a template by which the assistant's tokens can be told."""
+    try:
+        _mask_turns(tokenizer, _SAID)
+    except RowError as error:
+        raise InputError(f"{where}: {error.reason}") from None
 
 
 def _check_has_template(tokenizer: Any, where: Path | str) -> None:
@@ -89,17 +89,15 @@ class TurnFrame:
             tokenizer that encodes what follows a turn otherwise when the turn stands before it.
     """
 
-    _SAID: ClassVar[list[Message]] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-
     def __init__(self, tokenizer: Any, where: Path | str) -> None:
         _check_has_template(tokenizer, where)
         self._tokenizer = tokenizer
         self._where = where
         self.end_of_turn = int(tokenizer.eos_token_id)
         """The token that the assistant's turn must end with for the conversation to go on."""
-        self._before = self._render(self._SAID[:1]) + self._SAID[1]["content"] + tokenizer.eos_token
-        frame = self.encode(self._SAID[:1])
-        joined = tokenizer.encode(self._render([*self._SAID, *self._SAID[:1]]), add_special_tokens=False)
+        self._before = self._render(_SAID[:1]) + _SAID[1]["content"] + tokenizer.eos_token
+        frame = self.encode(_SAID[:1])
+        joined = tokenizer.encode(self._render([*_SAID, *_SAID[:1]]), add_special_tokens=False)
         if joined[-len(frame) - 1 :] != [self.end_of_turn, *frame]:
             raise InputError(f"{where}: the tokenizer encodes what follows {tokenizer.eos_token!r} not by itself")
 
@@ -109,7 +107,7 @@ class TurnFrame:
         Raises:
             InputError: the template puts these messages not behind an unchanged conversation.
         """
-        text = self._render([*self._SAID, *messages])
+        text = self._render([*_SAID, *messages])
         if not text.startswith(self._before):
             raise InputError(
                 f"{self._where}: the chat template does not keep a conversation's start as it was when it goes on: "
@@ -126,17 +124,46 @@ def encode_conversation(tokenizer: Any, messages: list[Message]) -> ChatExample:
     with its end-of-turn token.
 
     Raises:
-        RowError: the chat template refuses the conversation, such as two turns of the user in a row.
-        InputError: there is no template, or it does not mark what the assistant says.
+        RowError: the chat template refuses the conversation, such as two turns of the user in a row; or it does not
+            show which tokens are the assistant's.
+        InputError: there is no template.
     """
-    check_chat_template(tokenizer, tokenizer.name_or_path)
+    token_ids, mask = _mask_turns(tokenizer, messages)
+    end = int(mask.nonzero()[0][-1]) + 1 if mask.any() else 0
+    return ChatExample(token_ids[:end], mask[:end])
+
+
+def _mask_turns(tokenizer: Any, messages: list[Message]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of all turns (T,) int64, and which are the assistant's (T,) bool: those within the template's
+    ``{% generation %}`` blocks. Where it has none, as most do: from behind the generation prompt to the first
+    ``eos_token``, that one included."""
+    _check_has_template(tokenizer, tokenizer.name_or_path)
     try:
-        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        if _MARKS.search(str(tokenizer.chat_template)):
+            encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+            return np.asarray(encoded["input_ids"], dtype=np.int64), np.asarray(encoded["assistant_masks"], dtype=bool)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        spans = [_span(tokenizer, text, messages[: i + 1]) for i, m in enumerate(messages) if m["role"] == "assistant"]
     except TemplateError as error:
         raise RowError("messages", f"the chat template refuses them: {error}") from None
-    mask = np.asarray(encoded["assistant_masks"], dtype=bool)
-    end = int(mask.nonzero()[0][-1]) + 1 if mask.any() else 0
-    return ChatExample(np.asarray(encoded["input_ids"], dtype=np.int64)[:end], mask[:end])
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    mask = [any(start <= a < b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
+    return np.asarray(encoded["input_ids"], dtype=np.int64), np.asarray(mask, dtype=bool)
+
+
+def _span(tokenizer: Any, text: str, messages: list[Message]) -> tuple[int, int]:
+    """Where in ``text`` the last of ``messages`` stands, which is the assistant's."""
+    before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+    eos, said = tokenizer.eos_token, messages[-1]["content"]
+    end = text.find(eos, len(before)) + len(eos)
+    if not text.startswith(before) or end < len(before) or said.strip() not in text[len(before) : end]:
+        raise RowError(
+            "messages",
+            f"the chat template does not show which tokens are the assistant's: expected {before!r}, what it says and "
+            f"eos_token {eos!r} in {text!r}; wrap them in {{% generation %}} ... {{% endgeneration %}}, or let "
+            "eos_token in tokenizer_config.json be the token that ends a turn",
+        )
+    return len(before), end
 
 
 def read_conversations(paths: Paths, tokenizer: Any, *, max_length: int, max_bad_rows: int = 0) -> ChatData:

@@ -15,7 +15,7 @@ import pytest
 from tokenizers import processors
 
 from rayllm.data.batching import BatchOrder
-from rayllm.data.chat import encode_conversation, prompt_token_ids, read_conversations
+from rayllm.data.chat import check_chat_template, encode_conversation, prompt_token_ids, read_conversations
 from rayllm.data.files import check_data_file, read_rows, write_parquet
 from rayllm.data.preferences import read_rankings
 from rayllm.data.prompts import PromptStream, read_prompts
@@ -262,25 +262,77 @@ def test_a_tokenizer_without_padding_gets_its_own_and_without_an_end_is_refused(
 
 
 @pytest.mark.scorecard("R45")
-def test_a_missing_template_and_missing_marks_are_named_with_their_cure(tmp_path, tiny_tokenizer):
+def test_a_missing_template_is_named_with_its_cure(tmp_path, tiny_tokenizer):
     talk = jsonl(tmp_path / "d.jsonl", [{"prompt": "hi", "response": "yes"}])
     ranked = jsonl(tmp_path / "r.jsonl", [{"prompt": "hi", "chosen": "yes", "rejected": "no"}])
-    bare, unmarked = copy.deepcopy(tiny_tokenizer), copy.deepcopy(tiny_tokenizer)
-    bare.chat_template = None
-    unmarked.chat_template = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    bare = with_template(tiny_tokenizer, None)
     for read in (
-        lambda t: read_conversations(talk, t, max_length=64),
-        lambda t: read_rankings(ranked, t, max_length=64),
-        lambda t: read_prompts(talk, t, max_prompt_tokens=64),
+        lambda: read_conversations(talk, bare, max_length=64),
+        lambda: read_rankings(ranked, bare, max_length=64),
+        lambda: read_prompts(talk, bare, max_prompt_tokens=64),
+        lambda: check_chat_template(bare, "folder"),
     ):
         with pytest.raises(InputError, match="has no chat template; add chat_template.jinja to the folder"):
-            read(bare)
-    for read in (
-        lambda t: read_conversations(talk, t, max_length=64),
-        lambda t: read_rankings(ranked, t, max_length=64),
+            read()
+
+
+UNMARKED = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+TALK = [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "yes?"}, {"role": "assistant", "content": " ☃ two\n\nlines, yes "},
+]  # fmt: skip
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def trained(tokenizer, messages):
+    example = encode_conversation(tokenizer, messages)
+    return tokenizer.decode(example.token_ids[example.loss_mask])
+
+
+@pytest.mark.scorecard("R45")
+def test_a_template_without_marks_trains_the_same_tokens(tiny_tokenizer):
+    marked, unmarked = tiny_tokenizer, with_template(tiny_tokenizer, UNMARKED)
+    for talk in (TALK, TALK[:3], TALK[1:3], TALK[1:], [*TALK[:4], {"role": "assistant", "content": ""}]):
+        expected, found = (encode_conversation(tokenizer, talk) for tokenizer in (marked, unmarked))
+        assert found.loss_mask.any() and found.token_ids.tolist() == expected.token_ids.tolist()
+        assert found.loss_mask.tolist() == expected.loss_mask.tolist()
+    none = encode_conversation(unmarked, TALK[:2])
+    assert len(none.token_ids) == 0
+
+
+@pytest.mark.scorecard("R45")
+def test_a_template_that_drops_what_was_thought_or_adds_a_system_turn_is_understood(tiny_tokenizer):
+    thinking = (  # of earlier turns nothing is left, as with Qwen3's
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
+        "{% endif %}{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    said = "yes<|im_end|><think>\n\n</think>\n\n☃ two\n\nlines, yes<|im_end|>"
+    assert trained(with_template(tiny_tokenizer, thinking), TALK) == said
+    in_brackets = "{% for m in messages %}{% if m['role'] == 'user' %}[{{ m['content'] }}]{% else %} {{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    assert trained(with_template(tiny_tokenizer, in_brackets), TALK[1:3]) == " yes<|im_end|>"
+
+
+@pytest.mark.scorecard("R45")
+def test_a_template_that_does_not_show_what_the_assistant_says_is_refused_with_its_cure(tmp_path, tiny_tokenizer):
+    talk = jsonl(tmp_path / "d.jsonl", [{"prompt": "hi", "response": "yes"}])
+    for template in (
+        UNMARKED.replace("<|im_end|>", "<end>"),  # it would not learn to stop
+        UNMARKED.replace("<|im_start|>assistant", "<|im_start|>model"),  # it would be asked for what it did not learn
+        UNMARKED.replace("message['content'] + '<|im_end|>' }}", "'<|im_end|>' + message['content'] }}"),
     ):
-        with pytest.raises(InputError, match="does not mark the assistant's tokens; wrap them in {% generation %}"):
-            read(unmarked)
+        tokenizer = with_template(tiny_tokenizer, template)
+        with pytest.raises(InputError, match=r"d.jsonl:1: messages: the chat template does not show .*generation %\}"):
+            read_conversations(talk, tokenizer, max_length=64)
+        with pytest.raises(InputError, match="folder: the chat template does not show .* let eos_token in"):
+            check_chat_template(tokenizer, "folder")
+    check_chat_template(with_template(tiny_tokenizer, UNMARKED), "folder")
 
 
 @pytest.mark.scorecard("R45")
