@@ -211,6 +211,7 @@ def cached(task, folder):
         again = copy.deepcopy(task)
         again.data_id = data_id
         again.prepare(engine, folder)
+        engine.gather(None)  # rank 0 has written the file: who looked for it before would have all compute anew
         counts.append(len(calls))
         found.append(np.concatenate(again._ref_logprobs))
         calls.clear()
