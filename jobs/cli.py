@@ -68,7 +68,7 @@ COMMANDS = {
     "lineage": Command("lineage", "lineage:LineageConfig", "where a model came from, down to the text", ("model",)),
     "verify": Command("verify", "verify:VerifyConfig", "whether a model's files are those written", ("model",)),
     "export": Command("export", "export:ExportConfig", "a folder for the hub, with a model card", ("model", "out")),
-    "pipeline": Command("pipeline", "pipeline:PipelineConfig", "everything above up to evaluate, then a report"),
+    "pipeline": Command("pipeline", "pipeline:PipelineConfig", "from the toy world to the evaluation, then a report"),
     "plan": Command("plan", "plan:PlanConfig", "what a run needs on a cluster: memory, seconds, the nearest fit"),
 }
 
@@ -222,7 +222,8 @@ def print_overview(console: Console) -> None:
         "  --address URL   run as a Ray job on the cluster with this dashboard, e.g. http://HEAD:8265\n"
         "  --explain       ppo: the arithmetic of its batches as a table; starts nothing\n"
         "  --json          plan: as one JSON object\n"
-        "  -v              show what Ray, vLLM and DeepSpeed print\n\n"
+        "  -v              show what Ray, vLLM and DeepSpeed print\n"
+        "  --version       of rayllm\n\n"
         "rayllm COMMAND --help lists every setting. Start with:\n"
         "  rayllm pipeline --config jobs/configs/quickstart.yaml",
         highlight=False,
@@ -233,9 +234,12 @@ def print_command_help(console: Console, name: str, command: Command) -> None:
     """Every field with its type, default and docstring."""
     console.print(f"[bold]rayllm {name}[/bold]: {command.summary}\n", highlight=False)
     words = "".join(f"{word.upper()} " for word in command.words)
-    usage = f"usage: rayllm {name} {words}\\[--config FILE] \\[key=value ...] \\[--address URL] \\[-v]\n"
+    config = command.config_class()
+    more = " \\[--address URL]" if "run_dir" in config.model_fields or name == "plan" else ""
+    more += {"ppo": " \\[--explain]", "plan": " \\[--json]"}.get(name, "")
+    usage = f"usage: rayllm {name} {words}\\[--config FILE] \\[key=value ...]{more} \\[-v]\n"
     console.print(usage, highlight=False)
-    for key, kind, default, doc in describe_fields(command.config_class()):
+    for key, kind, default, doc in describe_fields(config):
         console.print(f"  [bold cyan]{key}[/bold cyan]  [dim]{escape(kind)}, {escape(default)}[/dim]", highlight=False)
         if doc:
             console.print(Padding(escape(doc), (0, 0, 0, 6)), highlight=False)

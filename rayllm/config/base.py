@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -113,7 +115,7 @@ def load_config(
         given, lines = read_yaml(file)
         tree = merge(tree, given)
         origins |= lines
-    text_keys = {key for key, kind, _, _ in describe_fields(cls) if kind in ("str", "str | None")}
+    text_keys = {key for key, kind, _, _ in describe_fields(cls) if kind in ("str", "str | null")}
     for override in overrides:
         apply_override(tree, origins, override, text_keys)
     return validate(cls, tree, origins)
@@ -181,8 +183,7 @@ def describe_fields(
             continue
         doc = " ".join((info.description or "").split())
         required = default is None and info.is_required()
-        text = "required" if required else "null" if value is None else str(value)
-        rows.append((prefix + name, _type_name(info), text, doc))
+        rows.append((prefix + name, _type_name(info.annotation), "required" if required else _written(value), doc))
     return rows
 
 
@@ -191,14 +192,30 @@ def _section_of(info: FieldInfo) -> type[Config] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
 
 
-def _type_name(info: FieldInfo) -> str:
-    text = getattr(info.annotation, "__name__", None)
-    if text is None or "[" in str(info.annotation) or "|" in str(info.annotation):
-        text = str(info.annotation)
-    text = text.replace("tuple[rayllm.config.data.WeightedPath, ...]", "list of {path, weight}")
-    for noise in ("typing.", "pathlib.", "<class '", "'>"):
-        text = text.replace(noise, "")
-    return text.replace("Literal[", "one of [").replace("NoneType", "None")
+def _type_name(kind: Any) -> str:
+    """As one would write it in YAML: no names of Python's or pydantic's own."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is Literal:
+        return f"one of [{', '.join(arguments)}]"
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(map(_type_name, arguments)))
+    if origin is tuple:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is dict:
+        return f"{{NAME: {_type_name(arguments[1])}}}"
+    if issubclass(kind, Config):
+        fields = kind.model_fields
+        return "{kind, ...}" if "kind" in fields else f"{{{', '.join(fields)}}}"
+    return {"NoneType": "null", "Any": "any"}.get(kind.__name__, kind.__name__)
+
+
+def _written(value: Any) -> str:
+    """A default, as in YAML."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_written, value))}]"
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _default_of(info: FieldInfo) -> Any:

@@ -55,7 +55,8 @@ WIRING: dict[str, dict[str, Any]] = {
 
 class PipelineConfig(Config):
     run_dir: Path
-    """Folder of the whole run; each stage gets a folder below it."""
+    """Folder of the whole run; each stage gets a folder below it. What the stages take from each other, their run_dir,
+    seed, placement and overwrite are filled in: a stage that was done with other settings starts over."""
 
     storage_path: str | None = None
     """Where a verified copy of the whole run is kept, each stage in a folder below, as `storage_path` of the stages

@@ -70,6 +70,8 @@ class Run:
         self._missed = 0
         if self._stored is not None:
             self._stored.pull()
+        self.moved_aside = ""
+        """Which run of other settings, inputs or versions was in the folder, and where it is now."""
         before = self._previous()
         self.done = before is not None and before["status"] == "done"
         self.resuming = before is not None and not self.done
@@ -153,9 +155,11 @@ class Run:
         """Append one line of text."""
         self._append({"t": round(self.seconds, 3), "kind": "note", "text": text})
 
-    def rewind(self, step: int, history: Sequence[tuple[int, Mapping[str, float]]] = ()) -> None:
+    def rewind(
+        self, step: int, history: Sequence[tuple[int, Mapping[str, float]]] = ()
+    ) -> list[tuple[int, Mapping[str, float]]]:
         """Forget the metrics after ``step`` steps: a resumed run makes them again. Add what is missing of ``history``,
-        (step, metrics) in order: an earlier attempt made it, and ended before it was written."""
+        (step, metrics) in order: an earlier attempt made it, and ended before it was written. Returns what is known."""
         path = self.dir / "events.jsonl"
         if path.is_file():
             lines = [line for line in path.read_text().splitlines() if _complete(line)]
@@ -168,6 +172,8 @@ class Run:
         for past, metrics in history:
             if (past, dict(metrics)) not in logged:
                 self.log(past, metrics)
+                logged.append((past, dict(metrics)))
+        return logged
 
     def finish(self, metrics: Mapping[str, float], *, model_parameters: int | None = None) -> None:
         """Write the model's manifest, if the run made a model, and mark the run done."""
@@ -256,14 +262,15 @@ class Run:
         record = json.loads(path.read_text())
         if record.get("fingerprint") == self.fingerprint:
             return record
+        differences = ", ".join(self._differences(record)) or "versions of packages"
         if not self.config.overwrite:
             raise InputError(
                 f"run_dir: {self.dir} holds a {record.get('stage')} run with other settings or inputs "
-                f"({', '.join(self._differences(record)) or 'other versions'}); "
-                "use another run_dir, or overwrite=true to move it aside and start over"
+                f"({differences}); use another run_dir, or overwrite=true to move it aside and start over"
             )
         aside = self.dir.with_name(f"{self.dir.name}.old-{datetime.now(UTC):%Y%m%d-%H%M%S}")
         os.replace(self.dir, aside)
+        self.moved_aside = f"the run that was here, with other {differences}, to {aside.name}"
         return None
 
     def _differences(self, record: dict[str, Any]) -> list[str]:

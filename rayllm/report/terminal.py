@@ -58,6 +58,8 @@ def print_preamble(
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
+    if run.moved_aside:
+        table.add_row("moved", escape(printable(run.moved_aside)))
     for parent in run.record["parents"]:
         table.add_row(parent["role"], f"{escape(shown_path(parent['path']))} [dim]{parent['id'][:12]}[/dim]")
     for data in run.record["data"]:

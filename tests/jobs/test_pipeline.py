@@ -139,6 +139,7 @@ def test_a_second_run_skips_everything_and_a_change_reruns_what_depends_on_it(ti
     label_id = record(run_dir / "label")["started"]
     changed = rayllm("pipeline", "--config", TINY, f"run_dir={run_dir}", "evaluate.num_prompts=10")
     assert changed.returncode == 0 and "skipped 7 of 8 stages" in changed.stdout
+    assert "the run that was here, with other num_prompts, to evaluate.old-" in changed.stdout
     assert record(run_dir / "label")["started"] == label_id
 
 

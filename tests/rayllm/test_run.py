@@ -50,6 +50,7 @@ def test_overwrite_moves_the_old_run_aside(tmp_path, documents):
     assert not run.done and not run.dir.exists()
     (old,) = tmp_path.glob("run.old-*")
     assert (old / "model/weights").read_text() == "w"
+    assert run.moved_aside == f"the run that was here, with other vocab_size, to {old.name}"
 
 
 def test_the_same_inputs_under_another_name_are_the_same_run(tmp_path, documents):
