@@ -40,10 +40,11 @@ def regex(response: str, answer: Any, *, pattern: str) -> float:
     return float(found is not None and found.strip() == final_answer(str(answer)))
 
 
-_SAYS = r"(?:answer|option|choice)(?:\s+is)?\s*[:=]?\s*"
+_LETTER = r"(?:\s+is)?[\s*:=]*[(\[]*((?!I\s+[a-z])[A-Z]\b|[a-z](?=[*)\]]*\s*(?:[.,;:!?]|$)))"
 _CHOICES = (
     r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-Za-z])\)?\s*\}",
-    rf"(?i:{_SAYS})[*(\[]*([A-Za-z])\b",
+    rf"(?i:\banswer){_LETTER}",
+    rf"(?i:\b(?:option|choice)){_LETTER}",
     r"^\s*[*(\[]*([A-Z])[*)\]]*\s*(?:[.:)]|$)",
     r"\(([A-Z])\)",
 )
@@ -53,7 +54,7 @@ _CHOICES = (
 def choice(response: str, answer: Any) -> float:
     """The response names the answer's letter: ``\\boxed{B}``, "The answer is (B)", "B. Paris" or a lone "B".
 
-    Of several such places of one kind the last counts; a letter inside a sentence is none.
+    Of several such places of one kind the last counts; "a dog" and "I see" name none.
     """
     given = re.fullmatch(r"\(?([A-Za-z])\)?\.?", final_answer(str(answer)))
     if given is None:

@@ -209,8 +209,9 @@ class JudgeSource(EndpointSource):
     template: str = DEFAULT_JUDGE_PROMPT
     """What the judge is asked: {prompt} and {response} are filled in, and {NAME} by the prompt row's column NAME."""
 
-    pattern: str = r"(-?\d+(?:\.\d+)?)"
-    """Regular expression; group 1 of its last match in the judge's answer is the score."""
+    pattern: str = r"(?i)(?:\bscore\b\W*?|^\W*?)(-?\d+(?:\.\d+)?)(?!\.?\d|\s*[-–]\s*\d)"
+    """Regular expression; group 1 of its last match in the judge's answer is the score. The default takes the number
+    behind "Score", or the one that the answer begins with: of 7/10 the 7."""
 
     temperature: float = Field(0.0, ge=0)
     """Of the judge's sampling."""

@@ -198,9 +198,18 @@ def test_a_model_judges_behind_the_chat_api(tiny_model_dir, tiny_tokenizer, shar
     assert found.values.tolist() == pytest.approx(expected, abs=1e-3) and len(set(expected)) == NUM
 
 
-@pytest.mark.parametrize(("text", "score"), [("Score: 7", 7.0), ("from 1 to 10 I say 8.5.", 8.5), ("-2", -2.0)])
-def test_the_last_number_is_the_score(text, score):
-    assert judged(text, JudgeSource(url="http://h", model="m").pattern) == score
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Score: 7", 7.0), ("**Score:** 8.5.", 8.5), ("-2", -2.0), ("7/10", 7.0), ("**6**", 6.0), ("Score: -3", -3.0),
+        ("Score: 7/10", 7.0), ("Score: 8 out of 10", 8.0), ("Score: 4. Reason: only 2 of the 12 facts", 4.0),
+        ("My score is: 9", None), ("From 1 to 10 I say 8.5", None), ("Score: 7-8", None), ("Score: 10", 10.0),
+        ("Score: 3\n\nOn reflection, score = 5", 5.0), ("good", None), ("", None),
+    ],
+)  # fmt: skip
+def test_the_score_stands_behind_its_name_or_first(text, score):
+    found = judged(text, JudgeSource(url="http://h", model="m").pattern)
+    assert isinstance(found, Failed) if score is None else found == score
 
 
 @pytest.mark.parametrize(("text", "pattern"), [("Well.", r"(\d+)"), ("", r"(\d+)"), ("good", "(good)")])

@@ -82,11 +82,24 @@ def test_regex_compares_its_last_match(response, pattern, score):
         ("B", 1), ("B.", 1), ("(B)", 1), ("B) Paris", 1), ("**B**", 1), ("The answer is B.", 1), ("answer: (b)", 1),
         (r"\boxed{B}", 1), (r"\boxed{\text{B}}", 1), ("The correct option is **B**", 1), ("I first chose (A), now (B)", 1),
         ("The answer is A. No: the answer is B.", 1), ("#### B", 1),
+        ("**Answer:** B", 1), ("Answer:\n\nB", 1), ("The answer is b", 1), ("The answer is B because option A is wrong.", 1),
+        ("I think the best option I see is (B).", 1), ("The answer is **B**.", 1), ("The answer is a B", 0),
         ("A", 0), ("The answer is A, not B", 0), ("Be careful", 0), ("A Better one", 0), ("", 0), ("Paris", 0),
     ],
 )  # fmt: skip
 def test_choice_takes_the_letter_that_is_named(response, score):
     assert verifiers.choice(response, "B") == verifiers.choice(response, "(b)") == score
+
+
+@pytest.mark.parametrize(
+    ("response", "letter", "score"),
+    [
+        ("The answer is a dog.", "A", 0), ("the choice I made", "I", 0), ("Option A is right", "A", 1),
+        ("The answer is I.", "I", 1), ("answer: a", "A", 1),
+    ],
+)
+def test_words_of_one_letter_are_no_choice(response, letter, score):
+    assert verifiers.choice(response, letter) == score
 
 
 def test_a_choice_needs_a_letter():
