@@ -286,6 +286,22 @@ class PPOConfig(DataJobConfig):
                 raise ValueError(
                     f"{setting} compares the responses to one prompt, samples_per_prompt is 1; set it to 2 or more"
                 )
+        if self.shaping.normalize == "group" and self.algorithm.advantage_kind.needs_greedy_baseline:
+            raise ValueError(
+                f"shaping.normalize=group takes away the mean of a prompt's responses, and with it what "
+                f"algorithm.advantage={self.algorithm.advantage} compares them with: set none"
+            )
+        if self.algorithm.kl_coef and self.algorithm.kl_in == "loss" and self.algorithm.kl_estimator == "k1":
+            raise ValueError(
+                "algorithm.kl_in=loss with algorithm.kl_estimator=k1: on average k1 has no gradient, and nothing would "
+                "hold the policy near the reference; set k3 (GRPO) or k2"
+            )
+        if self.reference.update_every is not None and self.policy.learner.lora.rank is not None:
+            raise ValueError(
+                f"reference.update_every={self.reference.update_every} with policy.learner.lora.rank="
+                f"{self.policy.learner.lora.rank}: the reference is the policy without its adapters, which stays as it "
+                "is; set reference.update_every=null"
+            )
         without_reference = {
             "algorithm.kl_target": self.algorithm.kl_target, "reference.update_every": self.reference.update_every
         }  # fmt: skip

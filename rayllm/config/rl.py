@@ -113,7 +113,7 @@ class AlgorithmConfig(Config):
     """Penalty per nat of drift from the reference. 0 runs without a reference."""
 
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the drift (http://joschu.net/blog/kl-approx.html)."""
+    """Estimator of the drift (http://joschu.net/blog/kl-approx.html). In the loss k2 or k3: k1 has no gradient."""
 
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the penalty goes: off each token's reward (InstructGPT), or into the loss (GRPO)."""
