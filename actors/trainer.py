@@ -192,6 +192,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
             loop.save(done)
         if stopping:
             return
+    if first == task.num_steps:
+        loop.measure()  # `save` tells of it, and the attempt that did it is gone
     model_dir = Path(settings["run_dir"]) / "model"
     weights = engine.state_dict()
     engine.save_adapter(model_dir / "adapter")
@@ -312,11 +314,13 @@ class _Loop:
 
     def evaluate(self, step: int) -> None:
         began = time.monotonic()
+        self.log(step, self.measure())
+        self._logged_at += time.monotonic() - began
+
+    def measure(self) -> dict[str, float]:
         self.engine.train(False)
         with torch.no_grad():
-            metrics = self.task.evaluate(self.engine)
-        self.log(step, metrics)
-        self._logged_at += time.monotonic() - began
+            return self.task.evaluate(self.engine)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._metrics.update(metrics)

@@ -302,7 +302,8 @@ class Watch:
             self.roles.load(folder)
         self.controls.load(state)
         self.batches.load(state)
-        self.job.rewind(step if found else -1)
+        for past, metrics in self.job.rewind(step if found else -1):
+            self.last.update(metrics if past else {})  # of the start is told apart
         self.roles.sync_weights(version=step)
         if folder is None:
             self.job.log(0, startup | self.evaluate())

@@ -94,7 +94,9 @@ class RewardModelTask(TrainTask):
             )
             for head, weights in zip(rewards.T, micro_batch.weights.to(rewards.device).T, strict=True)
         ]
-        return micro_batch.share * (torch.stack(losses).mean() + config.center_coef * rewards.square().mean())
+        sizes = torch.bincount(prompt_ids)
+        off_center = (rewards.square().mean(1) / sizes[prompt_ids]).sum() / len(sizes)
+        return micro_batch.share * (torch.stack(losses).mean() + config.center_coef * off_center)
 
     def num_tokens(self, micro_batch: MicroBatch) -> int:
         return int(micro_batch.attention_mask.sum())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +29,15 @@ def rayllm(
         cwd=cwd,
         env={**(os.environ if env is None else env), "PYTHONPATH": str(ROOT)},
     )
+
+
+def dies_behind_its_last_checkpoint(run_dir: Path) -> dict[str, Any]:
+    """Leave a finished run as one that was killed while it wrote its model; returns what it knew of itself."""
+    record = json.loads((run_dir / "run.json").read_text())
+    shutil.rmtree(run_dir / "model")
+    killed = record | {"status": "running", "metrics": {}, "model": None}
+    (run_dir / "run.json").write_text(json.dumps(killed))
+    return record
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from rayllm.data.preferences import Ranking, read_rankings
 from rayllm.errors import InputError
 from rayllm.models.heads import ScalarModel
 from rayllm.report.reward import REPORT
-from tests.jobs.conftest import rayllm
+from tests.jobs.conftest import dies_behind_its_last_checkpoint, rayllm
 
 
 def config(*overrides: str) -> RewardModelConfig:
@@ -69,7 +69,7 @@ def engine(tiny_model_dir):
     return OneProcess(ScalarModel.from_folder(tiny_model_dir, seed=0).eval())
 
 
-@pytest.mark.parametrize("setting", ["loss=all_pairs", "loss=plackett_luce", "label_smoothing=0.2", "margin_coef=0.5"])
+@pytest.mark.parametrize("setting", ["loss=all_pairs", "loss=plackett_luce", "label_smoothing=0.2", "margin_coef=0.5", "center_coef=2"])
 def test_the_micro_batch_size_does_not_change_the_loss(engine, setting):
     small, large = (loss_of(task_of(config(f"micro_batch_size={n}", setting)), engine) for n in (3, 64))
     torch.testing.assert_close(small, large)
@@ -173,6 +173,14 @@ def test_an_ensemble_trains_and_its_folder_and_report_agree(tiny_run, tmp_path):
         "chat",
     }
     assert "Reward model: " in (tmp_path / "rm/report.html").read_text()
+    before = dies_behind_its_last_checkpoint(tmp_path / "rm")
+    done = rayllm(
+        "reward-model", "--config", source / "reward_model/config.yaml", f"run_dir={tmp_path / 'rm'}", *overrides
+    )
+    assert done.returncode == 0, done.stdout
+    assert json.loads((tmp_path / "rm" / REPORT).read_text()) == report
+    after = json.loads((tmp_path / "rm/run.json").read_text())
+    assert after["model"]["id"] == before["model"]["id"] and after["metrics"] == before["metrics"]
     assert 'id="reward-model"' in (source / "report.html").read_text()  # that of the pipeline shows its own
 
     # Plain transformers gives the very scores whose moments the folder holds. (Its pooling would pass over a response's

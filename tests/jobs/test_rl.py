@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.conftest import rayllm
+from tests.jobs.conftest import dies_behind_its_last_checkpoint, rayllm
 
 SMALL = (
     "num_steps=2", "prompts_per_step=8", "rollout.max_new_tokens=12", "policy.cpus_per_actor=0.4",
@@ -45,6 +45,26 @@ def test_grpo_with_all_that_it_can_have(tiny_run, tmp_path):
     assert steps[1]["off_policy/lag_max"] == 1 and steps[1]["off_policy/difference"] > 0
     assert not (tmp_path / "critic").exists()
     assert (tmp_path / "checkpoints/step-000002/reference/model.safetensors").is_file()
+
+
+def test_remax_and_a_run_that_dies_behind_its_last_checkpoint_has_the_same_figures(tiny_run, tmp_path):
+    source, _ = tiny_run
+    command = (
+        "ppo", f"run_dir={tmp_path}", f"model={source / 'sft/model'}", *SMALL, "reward.source=gold",
+        f"prompts={source / 'world/prompts_train.parquet'}", f"eval.prompts={source / 'world/prompts_held.parquet'}",
+        "algorithm.advantage=remax",
+    )  # fmt: skip
+    done = rayllm(*command)
+    assert done.returncode == 0, done.stdout
+    start, *steps = events(tmp_path)
+    assert len(steps) == 2 and all(metrics["policy/grad_norm"] > 0 for metrics in steps)
+    before = dies_behind_its_last_checkpoint(tmp_path)
+    assert before["metrics"]["objective/rewards"] == steps[-1]["objective/rewards"]
+    done = rayllm(*command)
+    assert done.returncode == 0, done.stdout
+    after = json.loads((tmp_path / "run.json").read_text())
+    assert after["metrics"] == before["metrics"] and after["model"]["id"] == before["model"]["id"]
+    assert events(tmp_path) == [start, *steps]
 
 
 @pytest.mark.parametrize("advantage", ["gae", "remax"])
