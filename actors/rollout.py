@@ -103,6 +103,7 @@ class RolloutActor(Prover):
         temperature: float,
         max_new_tokens: int,
         step: int,
+        again: int = 0,
     ) -> list[Rollout]:
         """Sample ``num_samples`` responses to each prompt: prompts in order, samples of one prompt adjacent.
 
@@ -116,6 +117,7 @@ class RolloutActor(Prover):
                 vocabulary; greedy ones are of softmax(logits).
             max_new_tokens: stop token included.
             step: changes the seeds.
+            again: how often the step had these prompts before; changes them too.
 
         Raises:
             ValueError: a prompt that is empty, too long or has an unknown token, named by its id; or a setting out
@@ -127,7 +129,7 @@ class RolloutActor(Prover):
             problem = self._engine.problem(token_ids, max_new_tokens=max_new_tokens)
             if problem:
                 raise ValueError(f"prompt {prompt_id} {problem}")
-        samples = self._samples(prompts, num_samples, step)
+        samples = self._samples(prompts, num_samples, step, again)
         async with self._deadline(len(samples)):
             faults.reach("rollout.generate")
             responses = await self._engine.generate(
@@ -155,6 +157,7 @@ class RolloutActor(Prover):
         temperature: float,
         max_new_tokens: int,
         step: int,
+        again: int = 0,
     ) -> list[Rollout]:
         """Let the policy converse with the environment, ``num_samples`` times about each prompt.
 
@@ -164,7 +167,7 @@ class RolloutActor(Prover):
             prompts: prompt id and row, from which the environment makes the prompt.
             temperature: as in ``generate``.
             max_new_tokens: of each turn of the policy.
-            step: changes the seeds.
+            step, again: as in ``generate``.
 
         Raises:
             ValueError: a setting out of range.
@@ -177,7 +180,7 @@ class RolloutActor(Prover):
         sampling: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens}
         tasks = [
             asyncio.create_task(self._conversations.play(prompt_id, row, seed=seed, **sampling))
-            for prompt_id, row, seed in self._samples(prompts, num_samples, step)
+            for prompt_id, row, seed in self._samples(prompts, num_samples, step, again)
         ]
         try:
             async with self._deadline(len(tasks)):
@@ -200,14 +203,14 @@ class RolloutActor(Prover):
             ) from error
 
     def _samples(
-        self, prompts: Sequence[tuple[int, PromptT]], num_samples: int, step: int
+        self, prompts: Sequence[tuple[int, PromptT]], num_samples: int, step: int, again: int
     ) -> list[tuple[int, PromptT, int]]:
         """Prompt id, prompt and seed of every sample. A prompt id that stands twice is sampled twice."""
         seen: Counter[int] = Counter()
         samples = []
         for prompt_id, prompt in prompts:
             for sample in range(num_samples):
-                seed = sample_seed(self._seed, step, prompt_id, sample, seen[prompt_id])
+                seed = sample_seed(self._seed, step, prompt_id, sample, again + seen[prompt_id])
                 samples.append((prompt_id, prompt, seed))
             seen[prompt_id] += 1
         return samples
@@ -225,15 +228,16 @@ class RolloutActor(Prover):
             "num_samples": num_samples, "temperature": temperature, "max_new_tokens": max_new_tokens
         }
 
-    async def experience(self, span: PromptSpan, *, step: int) -> Experience:
+    async def experience(self, span: PromptSpan, *, step: int, again: int = 0) -> Experience:
         """Sample responses to some of the kept prompts, or converse about them, and put all into one batch.
 
         Args:
             span: of the run's prompts in their order.
+            step, again: as in ``generate``.
         """
         prompts = [(prompt_id, self._prompts[prompt_id]) for prompt_id in self._order.ids(span)]
         sample = self.generate if self._conversations is None else self.converse
-        rollouts = await sample(prompts, step=step, **self._sampling)
+        rollouts = await sample(prompts, step=step, again=again, **self._sampling)
         return collate(rollouts, pad_token_id=self._pad_token_id)
 
     async def greedy(self, shard: Experience, *, step: int) -> Experience:

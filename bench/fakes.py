@@ -44,7 +44,7 @@ def shard_of(num: int) -> Experience:
 class FakeRolloutActor(Prover):
     """For ``RolloutActor``."""
 
-    async def experience(self, span: PromptSpan, *, step: int) -> Experience:
+    async def experience(self, span: PromptSpan, *, step: int, again: int) -> Experience:
         return shard_of(span.count)
 
     async def sync(self, weights: Published, *, probe: list[int], **settings: Any) -> int:

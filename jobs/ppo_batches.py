@@ -90,8 +90,11 @@ class Batches:
             self._ahead = [replace(shard, scores=scores) for shard, scores in zip(self._ahead, anew, strict=True)]
 
     def more(self, counts: list[int], step: int) -> list[Any]:
-        """References of experience on fresh prompts, one shard for each count."""
-        return self._sample([self.stream.take(count) for count in counts], step)
+        """References of experience on the next prompts, one shard for each count. Behind an epoch's end they may be in
+        the step already: their samples are others then."""
+        epoch = min(shard.part.span.epoch for shard in self._taken)
+        spans = [self.stream.take(count) for count in counts]
+        return [self._sample([span], step, again=span.epoch - epoch)[0] for span in spans]
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: how far the prompts are used, and what is under way."""
@@ -137,10 +140,11 @@ class Batches:
             shards += [Shard(p, version, e, s) for p, e, s in zip(of_step, references, scores, strict=True)]
         return shards
 
-    def _sample(self, spans: list[PromptSpan], step: int) -> list[ray.ObjectRef]:
+    def _sample(self, spans: list[PromptSpan], step: int, *, again: int = 0) -> list[ray.ObjectRef]:
         pieces = [span.split(self.config.pieces_per_shard) for span in spans]
         tokens = [[self._tokens(piece) for piece in of_span] for of_span in pieces]
-        return self.roles.rollout.submit_joined(RolloutActor.experience, pieces, tokens=tokens, join=concat, step=step)
+        submit, sample = self.roles.rollout.submit_joined, RolloutActor.experience
+        return submit(sample, pieces, tokens=tokens, join=concat, step=step, again=again)
 
     def _tokens(self, span: PromptSpan) -> int:
         """Tokens of these prompts and their longest responses; an environment's prompts are not known before."""

@@ -47,10 +47,10 @@ class Sampler(Prover):
     async def set_version(self, version: int) -> None:
         self.version = version
 
-    async def experience(self, span, *, step):
+    async def experience(self, span, *, step, again=0):
         prompt_ids = PromptStream(NUM_PROMPTS, seed=0).ids(span)
         await asyncio.sleep(0.3 if SLOW in prompt_ids else 0.0)
-        return {"prompts": prompt_ids, "step": step, "version": self.version, "rank": self.rank}
+        return {"prompts": prompt_ids, "step": step, "version": self.version, "rank": self.rank, "again": again}
 
     async def batch(self, span, *, step):
         prompt_ids = PromptStream(NUM_PROMPTS, seed=0).ids(span)
@@ -153,6 +153,20 @@ def test_a_step_that_begins_again_has_the_same_responses(make, settings, score):
     batches.put_back(score=score)
     shards += train(batches, range(3, STEPS))
     assert sorted(prompts_of(shards)) == sorted(expected_prompts())
+
+
+def test_spare_prompts_of_the_next_epoch_are_sampled_with_other_seeds(make):
+    """They may be in the step already, and with the same seeds their responses would be the same."""
+    batches, steps = make("max_policy_lag=0"), NUM_PROMPTS // 4
+    for step in range(steps - 1):
+        batches.take(step)
+    shards, _ = batches.take(steps - 1)
+    (spare,) = ray.get(batches.more([NUM_PROMPTS], steps - 1))
+    assert set(spare["prompts"]) > set(prompts_of(ray.get(shards))) and spare["again"] == 1
+    batches = make("max_policy_lag=0")
+    shards, _ = batches.take(0)
+    (spare,) = ray.get(batches.more([3], 0))
+    assert {shard["again"] for shard in ray.get(shards)} == {spare["again"]} == {0}
 
 
 def test_a_shard_of_many_engines_holds_what_they_sampled_in_the_order_of_the_prompts(make):
