@@ -23,6 +23,7 @@ def completed(
     mix: Mix,
     kl_coef: float,
     config: PPOConfig,
+    greedy: tuple[Experience, Sequence[Scores]] | None = None,
 ) -> Experience:
     """The shard with all that the updates need: token rewards, advantages, returns, off-policy weights.
 
@@ -31,18 +32,18 @@ def completed(
         logprobs: (B, T) nats of the policy; None where the step's only update computes them: the penalty then takes the
             sampler's.
         ref_logprobs, values: (B, T); None in a run without them.
-        scores: of the shard, one a source of rewards; after these, for ReMax, those of its greedy responses. A response
-            that a source dropped is left out of everything that is learned.
+        scores: of the shard, one a source of rewards. A response that a source dropped is left out of everything that
+            is learned.
         mix: how the sources count.
         kl_coef: of this step.
+        greedy: for ReMax, the greedy responses to the prompts of all rows, (B, *), and their scores.
 
     Raises:
         RuntimeError: a number of an action token is not finite; says whose it is and names the prompts.
     """
-    given, greedy = scores[: len(mix)], scores[len(mix) :]
-    rewards = mixed(shard, given, mix)
-    baselines = mixed(shard.replace(turn_rewards=None), greedy, mix) if greedy else None
-    shard, rewards, baselines = without_dropped(with_step_rewards(shard, given, mix), rewards, baselines)
+    rewards = mixed(shard, scores, mix)
+    baselines = None if greedy is None else _baselines(*greedy, mix=mix, config=config)
+    shard, rewards, baselines = without_dropped(with_step_rewards(shard, scores, mix), rewards, baselines)
     check_finite(
         shard,
         {
@@ -52,8 +53,6 @@ def completed(
             "the critic's values": values,
         },
     )
-    if baselines is not None:
-        baselines = _shaped(baselines, shard, config)
     advantages, returns = estimate(
         config.algorithm.advantage,
         _token_rewards(shard, rewards, logprobs, ref_logprobs, kl_coef, config),
@@ -71,6 +70,12 @@ def completed(
         returns=returns,
         **{name: tensor for name, tensor in filled.items() if tensor is not None},
     )
+
+
+def _baselines(greedy: Experience, scores: Sequence[Scores], *, mix: Mix, config: PPOConfig) -> torch.Tensor:
+    """(B,) what the greedy responses earn: shaped by their own lengths and ends, bounded as the sampled ones are."""
+    shaped, clip = _shaped(mixed(greedy, scores, mix), greedy, config), config.shaping.clip
+    return shaped if clip is None else shaped.clamp(-clip, clip)
 
 
 def _token_rewards(

@@ -26,7 +26,7 @@ from rayllm.algorithms.metrics import approx_kl, clip_fraction
 from rayllm.algorithms.off_policy import importance_weights, mismatch
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.experience import Experience, concat
-from rayllm.data.scores import Mix, Scores
+from rayllm.data.scores import Mix
 from rayllm.data.text import PackedRows
 from rayllm.models.engine import Engine
 from rayllm.models.folders import load_tokenizer
@@ -86,14 +86,16 @@ class PolicyActor(LearnerActor):
         logprobs: torch.Tensor | None,
         ref_logprobs: torch.Tensor | None,
         values: torch.Tensor | None,
-        *scores: Scores,
+        *scored: Any,
         mix: Mix,
         kl_coef: float,
     ) -> Experience:
-        """`completed`."""
+        """`completed`; ``scored``: the shard's scores, one a source, and for ReMax its greedy responses with theirs."""
+        scores, greedy = scored[: len(mix)], scored[len(mix) :]
         return completed(
-            shard, logprobs, ref_logprobs, values, scores, mix=mix, kl_coef=kl_coef, config=self.config
-        )
+            shard, logprobs, ref_logprobs, values, scores, mix=mix, kl_coef=kl_coef, config=self.config,
+            greedy=(greedy[0], greedy[1:]) if greedy else None,
+        )  # fmt: skip
 
     def update(self, *shards: Experience, step: int, kl_coef: float) -> dict[str, float]:
         """Clipped policy steps on the step's experience. Returns metrics of rollouts and update."""
@@ -132,7 +134,9 @@ class PolicyActor(LearnerActor):
         metrics = {**self.update_metrics("loss/policy", "policy", stats), **self.mean_over_ranks(sums)}
         metrics["policy/ratio_max"] = float(self.engine.max_tensor(self._ratio_max))
         if experience.logprobs is None:
-            experience = concat([part for part in scored if part.action_mask.any()])
+            kept = [part for part in scored if part.action_mask.any()]
+            unscored = experience.replace(logprobs=torch.zeros_like(experience.rollout_logprobs))
+            experience = concat(kept) if kept else unscored  # all that this rank had was dropped: it counts nowhere
         return metrics, experience
 
     def _loss(

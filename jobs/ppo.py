@@ -41,7 +41,7 @@ def train(roles: Roles, batches: Batches, controls: Controls, config: PPOConfig,
             with watch.timed("time/rollout"):
                 shards, scores = batches.take(step)
                 shards, scores = resample(roles, batches, config, step, shards, scores)
-                greedy = roles.greedy_scores(shards, step)
+                greedy = roles.greedy(shards, step)
                 ref_logprobs = roles.ref_logprobs(shards)
                 values = roles.values(shards)
                 logprobs = roles.logprobs(shards)

@@ -182,15 +182,15 @@ class Roles:
         """Of every shard with what was found of it: `PolicyActor.experience`."""
         return self.policy.map(PolicyActor.experience, shards, *given, mix=mix, kl_coef=kl_coef)
 
-    def greedy_scores(self, shards: list[Any], step: int) -> list[Any]:
-        """Columns of what each source gives the greedy response to every row's prompt (ReMax); none where nobody asks
-        for it."""
+    def greedy(self, shards: list[Any], step: int) -> list[Any]:
+        """Columns of the greedy response to every row's prompt and of what each source gives it (ReMax); none where
+        nobody asks for them."""
         if not self.config.algorithm.advantage_kind.needs_greedy_baseline:
             return []
         rows = self.config.prompts_per_step // len(shards) * self.config.samples_per_prompt
         tokens = [rows * self.config.rollout.max_new_tokens] * len(shards)
         greedy = self.rollout.submit(RolloutActor.greedy, shards, tokens=tokens, step=step)
-        return list(zip(*self.reward.score(greedy), strict=True))
+        return [greedy, *zip(*self.reward.score(greedy), strict=True)]
 
     def sleep_engines(self) -> None:
         """Colocated: the engines leave their GPUs to the learners, until new weights wake them (`sync_weights`)."""

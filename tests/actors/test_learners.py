@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -290,6 +292,52 @@ def test_scores_of_one_actor_are_those_of_the_plain_model(tiny_model_dir, reward
         torch.testing.assert_close(rewards[row], (score - 0.5) / 2.0, rtol=1e-4, atol=1e-5)
 
 
+def test_a_rank_whose_responses_were_all_dropped_goes_on_with_the_others(local_ray, tmp_path, tiny_model_dir, reward_model_dir):
+    """The step's one update computes the old log-probabilities itself: that rank has none."""
+    keys = ("policy.num_actors=2", "critic.num_actors=2")
+    learners = Learners(make_config(tmp_path, tiny_model_dir, reward_model_dir, *keys))
+    try:
+        parts = shards(2)
+        values = [torch.ones(len(parts[0])), torch.full((len(parts[1]),), torch.nan)]
+        none, zeros = [None] * 2, [torch.zeros(part.sequences.shape) for part in parts]
+        scores = [by_model(part, given) for part, given in zip(parts, values, strict=True)]
+        experience = learners.policy.map(PolicyActor.experience, parts, none, zeros, zeros, scores, mix=MIX, kl_coef=0.1)
+        updated = learners.policy.submit(PolicyActor.update, *experience, step=0, kl_coef=0.1)
+        metrics = collect(updated, "policy")[0]
+        assert metrics["policy/grad_norm"] > 0 and metrics["objective/rewards"] == 1
+    finally:
+        learners.stop()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reward"),
+    [
+        ((), lambda score, length, stopped: score - (not stopped)),
+        (("shaping.length_penalty=0.1",), lambda score, length, stopped: score - (not stopped) - 0.1 * length),
+        (("shaping.clip=1.5",), lambda score, length, stopped: max(-1.5, min(1.5, score - (not stopped)))),
+    ],
+    ids=["end", "length", "clip"],
+)
+def test_the_greedy_response_is_shaped_as_the_sampled_one(tmp_path, tiny_model_dir, reward_model_dir, overrides, reward):
+    """By its own length and end (ReMax): with equal scores it pays to end one's turn when the greedy response does."""
+    keys = ("algorithm.advantage=remax", "algorithm.kl_coef=0", *overrides)
+    policy = PolicyActor(rank=0, world_size=1, config=make_config(tmp_path, tiny_model_dir, reward_model_dir, *keys))
+    (sampled,), (greedy,) = shards(1), shards(1, seed=9)
+    greedy = greedy.replace(stopped=torch.arange(ROWS) % 3 > 0)
+    scores, greedy_scores = torch.linspace(-4, 4, ROWS), torch.linspace(5, -2, ROWS)
+    scored = by_model(sampled, scores), greedy, by_model(greedy, greedy_scores)
+    found = policy.experience(sampled, None, None, None, *scored, mix=MIX, kl_coef=0.0)
+    for row in range(ROWS):
+        own, other = (
+            reward(float(score[row]), int(part.action_mask[row].sum()), bool(part.stopped[row]))
+            for part, score in ((sampled, scores), (greedy, greedy_scores))
+        )
+        limit = 1.5 if overrides == ("shaping.clip=1.5",) else 3.0
+        expected = max(-limit, min(limit, own)) - max(-limit, min(limit, other))
+        advantages = found.advantages[row][found.action_mask[row]]
+        assert advantages.tolist() == pytest.approx([expected] * len(advantages), abs=1e-5)
+
+
 def test_the_score_is_on_the_last_token_and_a_cut_response_is_penalised(tmp_path, tiny_model_dir, reward_model_dir):
     experience = experience_of(tmp_path, tiny_model_dir, reward_model_dir, "algorithm.gae_lambda=1.0")
     # gamma = lambda = 1, no values, no KL: every action's return is the score, 2.5, or 2.5 - 1 where it was cut.
@@ -306,8 +354,10 @@ def experience_of(tmp_path, model, reward_model, *overrides):
     return policy.experience(batch, zeros, zeros, zeros, scores, mix=MIX, kl_coef=0.1)
 
 
-@pytest.mark.parametrize("advantage", ["gae", "grpo", "reinforce_pp", "remax"])
-@pytest.mark.parametrize("normalize", ["none", "group"])
+@pytest.mark.parametrize(
+    ("advantage", "normalize"),
+    [*itertools.product(["gae", "grpo", "reinforce_pp"], ["none", "group"]), ("remax", "none")],
+)
 @pytest.mark.scorecard("R50")
 def test_a_dropped_response_is_as_if_it_had_not_been_sampled(
     tmp_path, tiny_model_dir, reward_model_dir, advantage, normalize
@@ -319,14 +369,14 @@ def test_a_dropped_response_is_as_if_it_had_not_been_sampled(
     generator = torch.Generator().manual_seed(0)
     logprobs, ref, values = (torch.randn(batch.sequences.shape, generator=generator) for _ in range(3))
     rewards, baselines = torch.randn(2, ROWS, generator=generator)
-    by_source = [rewards, baselines] if advantage == "remax" else [rewards]
     rewards[1] = rewards[ROWS - 1] = torch.nan
     kept = rewards.isfinite()
 
     def made(rows):
-        scores = [by_model(batch[rows], values[rows]) for values in by_source]
-        given = [tensor[rows] for tensor in (logprobs, ref, values)]
-        return policy.experience(batch[rows], *given, *scores, mix=MIX, kl_coef=0.1)
+        shard, given = batch[rows], [tensor[rows] for tensor in (logprobs, ref, values)]
+        scored = [by_model(shard, rewards[rows])]
+        scored += [shard, by_model(shard, baselines[rows])] if advantage == "remax" else []
+        return policy.experience(shard, *given, *scored, mix=MIX, kl_coef=0.1)
 
     all_rows, others = made(torch.ones(ROWS, dtype=torch.bool)), made(kept)
     assert not all_rows.action_mask[~kept].any() and all_rows.rewards.isfinite().all()

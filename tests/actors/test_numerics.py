@@ -62,9 +62,10 @@ def test_edge_cases_give_numbers_and_equal_rewards_teach_nothing(tmp_path, tiny_
     zeros = torch.zeros(shard.sequences.shape)
     kind = ADVANTAGE_KINDS[advantage]
     ids = sample_ids_of(shard.prompt_ids)
-    scores = [Scores("gold", ids, given)] * (2 if kind.needs_greedy_baseline else 1)
+    scores = Scores("gold", ids, given)
+    scored = [scores, shard, scores] if kind.needs_greedy_baseline else [scores]
     values = zeros if kind.needs_critic else None
-    found = policy.experience(shard, zeros, None, values, *scores, mix=MIX, kl_coef=0.0)
+    found = policy.experience(shard, zeros, None, values, *scored, mix=MIX, kl_coef=0.0)
     assert found.advantages.isfinite().all() and found.returns.isfinite().all()
     assert not found.advantages[~found.action_mask].any()
     if rewards == "equal" and (kind.needs_groups or kind.needs_greedy_baseline):
