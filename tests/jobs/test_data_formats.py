@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
-from tests.jobs.conftest import rayllm
+from tests.jobs.conftest import ROOT, rayllm
 
 WORDS = ["snow", "milk", "grass", "coal", "blood", "gold", "wood", "rain"]
 
@@ -65,3 +68,30 @@ def test_transcripts_train_a_reward_model_with_some_prompts_set_aside(tmp_path, 
     assert data["dropped"] == {"an answer without words": 1}
     assert 0 < data["heldout_rows"] < 64 and data["heldout_rows"] % 2 == 0  # both rows of a prompt are on one side
     assert record["metrics"]["train/loss"] < 0.05  # untrained: 0.29
+
+
+def test_the_readmes_way_with_ones_own_data_and_model(tmp_path, tiny_model_dir):
+    """Its three commands, on a model with a template like those of most on the hub: without marks."""
+    mine = shutil.copytree(tiny_model_dir, tmp_path / "models/mine")
+    template = (mine / "chat_template.jinja").read_text()
+    (mine / "chat_template.jinja").write_text(re.sub(r"\{% (end)?generation %\}", "", template))
+    asked = [(f"What is {a} and {b}?", f"{a} {b}.") for a in WORDS for b in WORDS]
+    jsonl(tmp_path / "my-chats.jsonl", [{"prompt": prompt, "response": said} for prompt, said in asked])
+    pairs = [{"prompt": prompt, "chosen": said, "rejected": "No."} for prompt, said in asked]
+    jsonl(tmp_path / "my-pairs.jsonl", pairs)
+    jsonl(tmp_path / "my-prompts.jsonl", [{"prompt": prompt} for prompt, _ in asked])
+    shutil.copytree(ROOT / "jobs/configs", tmp_path / "jobs/configs")
+    size = {
+        "sft": [], "reward-model": [],
+        "ppo": ["num_steps=1", "prompts_per_step=8", "rollout.max_new_tokens=8",
+                *(f"{role}.cpus_per_actor=0.2" for role in ("policy", "critic", "reference", "reward", "rollout"))],
+    }  # fmt: skip
+    commands = re.findall(r"^\.venv/bin/rayllm (.* run_dir=runs/my-.*)$", (ROOT / "README.md").read_text(), flags=re.M)
+    assert len(commands) == 3
+    for command in commands:
+        name, *arguments = shlex.split(command)
+        done = rayllm(name, *arguments, *size[name], cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+    assert (tmp_path / "runs/my-ppo/model/model.safetensors").is_file()
+    trained = json.loads((tmp_path / "runs/my-sft/run.json").read_text())["metrics"]
+    assert trained["train/loss"] > 0
