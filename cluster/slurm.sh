@@ -18,6 +18,7 @@ umask 077
 cd "${SLURM_SUBMIT_DIR:-.}"
 export PATH="$PWD/.venv/bin:$PATH"
 export RAY_AUTH_MODE=token PYTHONUNBUFFERED=1
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # from 22.05 on srun does not take it over from sbatch
 [[ -n "${RAY_AUTH_TOKEN:-}" || -f ~/.ray/auth_token ]] || (umask 077; ray get-auth-token --generate > /dev/null)
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
 
-from rayllm.lineage import sha256_file
+from rayllm.lineage import flush, sha256_file
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
 FORMAT = 1
@@ -225,11 +225,11 @@ class Checkpoints:
         }  # fmt: skip
         write_file(partial / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         for folder in [partial, *(p for p in partial.rglob("*") if p.is_dir())]:
-            _flush(folder)
+            flush(folder)
         if final.exists():
             shutil.rmtree(final)
         os.replace(partial, final)
-        _flush(self.folder)
+        flush(self.folder)
         check(final, content=False)  # every part was read back by its writer; here: all of them arrived
         self._point_to(final)
         self.missed = 0
@@ -259,7 +259,7 @@ class Checkpoints:
         aside = self.folder / (LATEST + ".partial")
         write_file(aside, final.name.encode())
         os.replace(aside, self.folder / LATEST)
-        _flush(self.folder)
+        flush(self.folder)
 
     def _remove_old(self) -> None:
         """All but the newest ``keep``, and of these the oldest that do not fit into ``max_gib``; the newest stays."""
@@ -289,14 +289,6 @@ def _record_on_disk(path: Path) -> FileRecord:
     finally:
         os.close(descriptor)
     return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _gib(count: int) -> str:

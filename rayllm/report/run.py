@@ -40,6 +40,7 @@ from rayllm.lineage import (
     content_id,
     deciding_settings,
     fingerprint,
+    flush,
     is_model_dir,
     versions,
     write_json,
@@ -191,6 +192,9 @@ class Run:
             self.record["model"] = {
                 "id": model_id, "path": str(self.model_dir), "parameters": model_parameters
             }
+        for path in [self.dir, *self.dir.rglob("*")]:  # a run that is done is so after a power cut too
+            if path.is_file() or path.is_dir():
+                flush(path)
         self._save(status="done")
         if self._stored is not None:
             self._stored.push()

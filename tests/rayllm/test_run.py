@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,21 @@ def test_a_failed_run_resumes_and_says_why_it_failed(tmp_path, documents):
         again.log(2, {"a": 3.0})
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert [(e["step"], e["metrics"]["a"]) for e in events] == [(1, 1.0), (2, 3.0)]
+
+
+def test_a_finished_run_is_on_the_disk_before_it_says_so(tmp_path, documents, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def fsync(descriptor):
+        record = tmp_path / "run/run.json"
+        status = json.loads(record.read_text())["status"] if record.is_file() else None
+        synced.append((os.fstat(descriptor).st_ino, status))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    finish(open_run(tmp_path, documents))
+    for path in (tmp_path / "run", tmp_path / "run/model", tmp_path / "run/model/weights", tmp_path / "run/model/lineage.json"):
+        assert (path.stat().st_ino, "running") in synced, path
 
 
 def test_a_half_written_event_of_a_killed_run_is_dropped(tmp_path, documents):
