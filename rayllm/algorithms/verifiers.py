@@ -40,7 +40,7 @@ def regex(response: str, answer: Any, *, pattern: str) -> float:
     return float(found is not None and found.strip() == final_answer(str(answer)))
 
 
-_LETTER = r"(?:\s+is)?[\s*:=]*[(\[]*((?!I\s+[a-z])[A-Z]\b|[a-z](?=[*)\]]*\s*(?:[.,;:!?]|$)))"
+_LETTER = r"\b(?i:\s+is)?[\s*:=]*[(\[]*((?!I\s+[a-z])[A-Z]\b|[a-z](?=[*)\]]|\s*(?:[.,;:!?]|$)))"
 _CHOICES = (
     r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-Za-z])\)?\s*\}",
     rf"(?i:\banswer){_LETTER}",

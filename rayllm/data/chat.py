@@ -48,7 +48,7 @@ class ChatData:
 def check_chat_template(tokenizer: Any, where: Path | str) -> None:
     """Raise InputError unless there is a template by which the assistant's tokens can be told."""
     try:
-        _mask_turns(tokenizer, _SAID)
+        _mask_turns(tokenizer, [*_SAID, *_SAID])
     except RowError as error:
         raise InputError(f"{where}: {error.reason}") from None
 
@@ -142,28 +142,38 @@ def _mask_turns(tokenizer: Any, messages: list[Message]) -> tuple[np.ndarray, np
         if _MARKS.search(str(tokenizer.chat_template)):
             encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
             return np.asarray(encoded["input_ids"], dtype=np.int64), np.asarray(encoded["assistant_masks"], dtype=bool)
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-        spans = [_span(tokenizer, text, messages[: i + 1]) for i, m in enumerate(messages) if m["role"] == "assistant"]
+        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+        if last is None:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
+        text = tokenizer.apply_chat_template(messages[: last + 1], tokenize=False)
+        spans = _find_turns(tokenizer, text, messages)
     except TemplateError as error:
         raise RowError("messages", f"the chat template refuses them: {error}") from None
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    mask = [any(start <= a < b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
+    # A token of blanks may have its end alone as its place.
+    mask = [any(start <= a and start < b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
     return np.asarray(encoded["input_ids"], dtype=np.int64), np.asarray(mask, dtype=bool)
 
 
-def _span(tokenizer: Any, text: str, messages: list[Message]) -> tuple[int, int]:
-    """Where in ``text`` the last of ``messages`` stands, which is the assistant's."""
-    before = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-    eos, said = tokenizer.eos_token, messages[-1]["content"]
-    end = text.find(eos, len(before)) + len(eos)
-    if not text.startswith(before) or end < len(before) or said.strip() not in text[len(before) : end]:
-        raise RowError(
-            "messages",
-            f"the chat template does not show which tokens are the assistant's: expected {before!r}, what it says and "
-            f"eos_token {eos!r} in {text!r}; wrap them in {{% generation %}} ... {{% endgeneration %}}, or let "
-            "eos_token in tokenizer_config.json be the token that ends a turn",
-        )
-    return len(before), end
+def _find_turns(tokenizer: Any, text: str, messages: list[Message]) -> list[tuple[int, int]]:
+    """Where in ``text``, which ends with the last of them, the assistant's turns stand."""
+    eos = tokenizer.eos_token
+    spans: list[tuple[int, int]] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, tokenize=False)
+        start, end = len(before), text.find(eos, len(before)) + len(eos)
+        apart = not spans or spans[-1][1] <= start
+        if not (apart and text.startswith(before) and end > start and message["content"].strip() in text[start:end]):
+            raise RowError(
+                "messages",
+                f"the chat template does not show which tokens are the assistant's: expected {before!r}, what it says "
+                f"and eos_token {eos!r} in {text!r}; wrap them in {{% generation %}} ... {{% endgeneration %}}, or let "
+                "eos_token in tokenizer_config.json be the token that ends a turn",
+            )
+        spans.append((start, end))
+    return spans
 
 
 def read_conversations(paths: Paths, tokenizer: Any, *, max_length: int, max_bad_rows: int = 0) -> ChatData:

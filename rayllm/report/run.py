@@ -266,7 +266,7 @@ class Run:
         record = json.loads(path.read_text())
         if record.get("fingerprint") == self.fingerprint:
             return record
-        differences = ", ".join(self._differences(record)) or "versions of packages"
+        differences = ", ".join(self._differences(record))
         if not self.config.overwrite:
             raise InputError(
                 f"run_dir: {self.dir} holds a {record.get('stage')} run with other settings or inputs "
@@ -281,8 +281,9 @@ class Run:
         before = _flatten(record.get("config", {}))
         now = _flatten(deciding_settings(self.config))
         changed = [key for key in now if before.get(key) != now[key]]
-        inputs = record.get("inputs", {})
-        return changed + [f"content of {key}" for key, value in self._ids.items() if inputs.get(key) != value]
+        inputs, packages = record.get("inputs", {}), record.get("versions", {})
+        changed += [f"content of {key}" for key, value in self._ids.items() if inputs.get(key) != value]
+        return changed + [f"version of {name}" for name, value in versions().items() if packages.get(name) != value]
 
     def _new_record(self) -> dict[str, Any]:
         changes = self.loaded.changes()

@@ -19,6 +19,7 @@ from rayllm.data.chat import check_chat_template, encode_conversation, prompt_to
 from rayllm.data.files import check_data_file, read_rows, write_parquet
 from rayllm.data.preferences import read_rankings
 from rayllm.data.prompts import PromptStream, read_prompts
+from rayllm.data.rows import RowError
 from rayllm.data.tokenizer import CHAT_TEMPLATE
 from rayllm.errors import InputError
 from rayllm.models.folders import check_same_tokens, load_tokenizer
@@ -306,6 +307,17 @@ def test_a_template_without_marks_trains_the_same_tokens(tiny_tokenizer):
 
 
 @pytest.mark.scorecard("R45")
+def test_blanks_are_trained_where_the_tokenizer_leaves_them_out_of_its_offsets(tiny_tokenizer):
+    talk = [TALK[1], {"role": "assistant", "content": "  yes\n        x\n    y"}]
+    expected = encode_conversation(tiny_tokenizer, talk)
+    trims = with_template(tiny_tokenizer, UNMARKED)
+    trims.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    found = encode_conversation(trims, talk)
+    assert found.token_ids.tolist() == expected.token_ids.tolist()
+    assert found.loss_mask.tolist() == expected.loss_mask.tolist()
+
+
+@pytest.mark.scorecard("R45")
 def test_a_template_that_drops_what_was_thought_or_adds_a_system_turn_is_understood(tiny_tokenizer):
     thinking = (  # of earlier turns nothing is left, as with Qwen3's
         "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
@@ -333,6 +345,19 @@ def test_a_template_that_does_not_show_what_the_assistant_says_is_refused_with_i
         with pytest.raises(InputError, match="folder: the chat template does not show .* let eos_token in"):
             check_chat_template(tokenizer, "folder")
     check_chat_template(with_template(tiny_tokenizer, UNMARKED), "folder")
+
+
+@pytest.mark.scorecard("R45")
+def test_a_template_that_ends_the_conversation_and_not_the_turn_is_refused(tiny_tokenizer):
+    """Between two turns of the assistant there is no end of its own: the user's words would be trained."""
+    once = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    tokenizer = with_template(tiny_tokenizer, UNMARKED.replace("<|im_end|>", "<end>") + once)
+    assert trained(tokenizer, TALK[:3]) == "yes<end>\n<|im_end|>"
+    assert trained(tokenizer, TALK[:4]) == "yes<end>\n<|im_end|>"  # the user's last word is not there
+    with pytest.raises(RowError, match="does not show which tokens are the assistant's"):
+        trained(tokenizer, TALK)
+    with pytest.raises(InputError, match="folder: the chat template does not show"):
+        check_chat_template(tokenizer, "folder")
 
 
 @pytest.mark.scorecard("R45")

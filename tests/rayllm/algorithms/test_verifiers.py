@@ -84,6 +84,8 @@ def test_regex_compares_its_last_match(response, pattern, score):
         ("The answer is A. No: the answer is B.", 1), ("#### B", 1),
         ("**Answer:** B", 1), ("Answer:\n\nB", 1), ("The answer is b", 1), ("The answer is B because option A is wrong.", 1),
         ("I think the best option I see is (B).", 1), ("The answer is **B**.", 1), ("The answer is a B", 0),
+        ("The answer is (b) Paris", 1), ("The answer is **b** because", 1), ("The Answer Is B", 1), ("ANSWER IS B", 1),
+        ("Of the two options, (B) is right.", 1), ("The answer is b) Paris", 1),
         ("A", 0), ("The answer is A, not B", 0), ("Be careful", 0), ("A Better one", 0), ("", 0), ("Paris", 0),
     ],
 )  # fmt: skip
