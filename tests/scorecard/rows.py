@@ -68,7 +68,7 @@ R41 an over-long prompt | left out at load and counted; at run time it harms no 
 R42 a vocabulary that does not fit the model | refused at the start
 R43 the same prompt twice | never merged; counted
 R44 NUL, right-to-left marks, emoji, surrogates, NFC and NFD, a line of 1 MB | comes back as it was or is refused; no log moves the cursor
-R45 a tokenizer without padding, end, template, marks; one that adds a start token | its own padding; refused, naming the cure; one start token
+R45 a tokenizer without padding, end, template; a template without marks; one that adds a start token | its own padding; refused, naming the cure; the same tokens; one start token
 R46 data smaller than a batch, just as large, one row, none | told, or trained as defined
 R47 data changes under a run | told at resume
 R48 preferences: equal, tied, one, nine, without ranks | the rule is stated and counted
