@@ -134,9 +134,10 @@ class PolicyActor(LearnerActor):
         metrics = {**self.update_metrics("loss/policy", "policy", stats), **self.mean_over_ranks(sums)}
         metrics["policy/ratio_max"] = float(self.engine.max_tensor(self._ratio_max))
         if experience.logprobs is None:
-            kept = [part for part in scored if part.action_mask.any()]
-            unscored = experience.replace(logprobs=torch.zeros_like(experience.rollout_logprobs))
-            experience = concat(kept) if kept else unscored  # all that this rank had was dropped: it counts nowhere
+            if kept := [part for part in scored if part.action_mask.any()]:
+                experience = concat(kept)
+            else:  # all that this rank had was dropped: it counts nowhere
+                experience = experience.replace(logprobs=torch.zeros_like(experience.rollout_logprobs))
         return metrics, experience
 
     def _loss(

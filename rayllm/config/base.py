@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -115,7 +115,7 @@ def load_config(
         given, lines = read_yaml(file)
         tree = merge(tree, given)
         origins |= lines
-    text_keys = {key for key, kind, _, _ in describe_fields(cls) if kind in ("str", "str | null")}
+    text_keys = set(_text_keys(cls))
     for override in overrides:
         apply_override(tree, origins, override, text_keys)
     return validate(cls, tree, origins)
@@ -190,6 +190,16 @@ def describe_fields(
 def _section_of(info: FieldInfo) -> type[Config] | None:
     annotation = info.annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, Config) else None
+
+
+def _text_keys(cls: type[Config], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose values are text, whatever it looks like."""
+    for name, info in cls.model_fields.items():
+        section = _section_of(info)
+        if section is not None:
+            yield from _text_keys(section, f"{prefix}{name}.")
+        elif info.annotation in (str, str | None):
+            yield prefix + name
 
 
 def _type_name(kind: Any) -> str:

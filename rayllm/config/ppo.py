@@ -239,7 +239,7 @@ class PPOConfig(DataJobConfig):
         return self
 
     @model_validator(mode="after")
-    def _fits_together(self) -> PPOConfig:
+    def _has_rewards(self) -> PPOConfig:
         for name, source in self.reward.by_name.items():
             if source.kind == "model" and source.model is None and not self.reward_models:
                 where = f"reward.sources.{name}" if self.reward.sources else "reward"
@@ -257,6 +257,10 @@ class PPOConfig(DataJobConfig):
                     f"shaping.resample_rounds={self.shaping.resample_rounds} compares whole responses; a source of "
                     "kind process, in reward.sources, scores their steps: set 0"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_its_environment(self) -> PPOConfig:
         if self.prompts is None and self.environment.name is None:
             raise ValueError("prompts: required but not given. " + PROMPTS_HELP)
         if self.reward.has("environment") and self.environment.name is None:
@@ -274,6 +278,10 @@ class PPOConfig(DataJobConfig):
             raise ValueError(
                 f"shaping.normalize={self.shaping.normalize} would move the scale of an environment's turns; set none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_its_sampling(self) -> PPOConfig:
         if self.rollout.cut_tail and not self.max_policy_lag:
             raise ValueError("rollout.cut_tail=true carries responses over to later steps: set max_policy_lag above 0")
         groups = {
@@ -291,6 +299,10 @@ class PPOConfig(DataJobConfig):
                 f"shaping.normalize=group takes away the mean of a prompt's responses, and with it what "
                 f"algorithm.advantage={self.algorithm.advantage} compares them with: set none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stays_near_its_reference(self) -> PPOConfig:
         if self.algorithm.kl_coef and self.algorithm.kl_in == "loss" and self.algorithm.kl_estimator == "k1":
             raise ValueError(
                 "algorithm.kl_in=loss with algorithm.kl_estimator=k1: on average k1 has no gradient, and nothing would "
@@ -308,6 +320,10 @@ class PPOConfig(DataJobConfig):
         for setting, value in without_reference.items():
             if value is not None and not self.algorithm.kl_coef:
                 raise ValueError(f"{setting}={value} needs a reference: set algorithm.kl_coef above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _text_divides(self) -> PPOConfig:
         if self.ptx.documents is not None and self.ptx.batch_size % self.policy.num_actors:
             raise ValueError(
                 f"ptx.batch_size={self.ptx.batch_size} does not divide over policy.num_actors={self.policy.num_actors}"

@@ -192,7 +192,8 @@ class Run:
             self.record["model"] = {
                 "id": model_id, "path": str(self.model_dir), "parameters": model_parameters
             }
-        for path in [self.dir, *self.dir.rglob("*")]:  # a run that is done is so after a power cut too
+        # A run that is done is so after a power cut too. Logs may still be written, and checkpoints are flushed.
+        for path in [*self.model_dir.rglob("*"), *self.dir.iterdir(), self.dir]:
             if path.is_file() or path.is_dir():
                 flush(path)
         self._save(status="done")
