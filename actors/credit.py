@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from rayllm.algorithms.advantages import estimate
-from rayllm.algorithms.rewards import group_normalize, length_penalty, overlong_penalty, per_token_rewards
+from rayllm.algorithms.rewards import (
+    clip_rewards,
+    group_normalize,
+    length_penalty,
+    overlong_penalty,
+    per_token_rewards,
+)
 from rayllm.config.ppo import PPOConfig
 from rayllm.data.experience import Experience, check_finite, without_dropped
 from rayllm.data.scores import Mix, Scores, mixed, with_step_rewards
@@ -74,8 +80,7 @@ def completed(
 
 def _baselines(greedy: Experience, scores: Sequence[Scores], *, mix: Mix, config: PPOConfig) -> torch.Tensor:
     """(B,) what the greedy responses earn: shaped by their own lengths and ends, bounded as the sampled ones are."""
-    shaped, clip = _shaped(mixed(greedy, scores, mix), greedy, config), config.shaping.clip
-    return shaped if clip is None else shaped.clamp(-clip, clip)
+    return clip_rewards(_shaped(mixed(greedy, scores, mix), greedy, config), clip=config.shaping.clip)
 
 
 def _token_rewards(

@@ -52,12 +52,8 @@ def per_token_rewards(
     require_same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, action_mask=action_mask)
     if rewards.shape != logprobs.shape[:1]:
         raise ValueError(f"shapes differ: rewards {tuple(rewards.shape)}, logprobs {tuple(logprobs.shape)}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be > 0, got {clip}")
     mask = action_mask.bool()
-    score = masked(rewards, mask.any(1))
-    if clip is not None:
-        score = score.clamp(-clip, clip)
+    score = clip_rewards(masked(rewards, mask.any(1)), clip=clip)
     penalty = -kl_coef * kl_estimate(logprobs, ref_logprobs, estimator=estimator, mask=mask)
     actions_after = mask.flip(1).cumsum(1).flip(1)  # this one included
     is_last = mask & (actions_after == 1)
@@ -66,6 +62,19 @@ def per_token_rewards(
         require_same_shape(turn_rewards=turn_rewards, action_mask=action_mask)
         token_rewards = token_rewards + turn_rewards
     return masked(token_rewards, mask)
+
+
+def clip_rewards(rewards: torch.Tensor, *, clip: float | None) -> torch.Tensor:
+    """Rewards of any shape in [-clip, clip], NaN where they are NaN; None leaves them alone.
+
+    Raises:
+        ValueError: on a clip that is not positive.
+    """
+    if clip is None:
+        return rewards
+    if not clip > 0:
+        raise ValueError(f"clip must be > 0, got {clip}")
+    return rewards.clamp(-clip, clip)
 
 
 def overlong_penalty(lengths: torch.Tensor, *, max_length: int, buffer: int) -> torch.Tensor:

@@ -123,6 +123,7 @@ WITHOUT_MASK = {
     "ranking.kwise_loss": SCORES,
     "ranking.pairwise_loss": SCORES,
     "rewards.RunningMoments": SCORES,
+    "rewards.clip_rewards": SCORES,
     "rewards.group_normalize": SCORES,
     "rewards.length_penalty": SCORES,
     "rewards.overlong_penalty": SCORES,
